@@ -38,7 +38,8 @@ with Writer() as writer:
         update = np.array([[1, 0], [number, -0.5]], np.float32)
         params = {{name: array + update for name, array in model.params.items()}}
         meta = {{"NUM_STEPS_CURRENT_ROUND": number}}
-        flare.send(flare.FLModel(params=params, params_type="FULL", metrics={{"accuracy": 0.1 * number}}, meta=meta))
+        metrics = {{"accuracy": 0.1 * number + 0.05 * now}}
+        flare.send(flare.FLModel(params=params, params_type="FULL", metrics=metrics, meta=meta))
 """
 
 
@@ -114,8 +115,11 @@ def test_each_round_says_which_sites_took_part_and_how_much_model_went_around(po
 
 def test_flares_own_averages_and_the_best_round_are_there(points: list[Point]) -> None:
     average = np.average([0.1, 0.2, 0.3, 0.4], weights=[1, 2, 3, 4])
+    last = pytest.approx(average + 0.05, rel=1e-6)
 
-    assert of(points, "aggregated/accuracy") == dict.fromkeys((0, 1), pytest.approx(average, rel=1e-6))
+    assert of(points, "aggregated/accuracy") == {0: pytest.approx(average, rel=1e-6), 1: last}
+    assert of(points, "fl/best_round") == {1: 1}
+    assert of(points, "fl/best/accuracy") == {1: last}
 
 
 def test_the_weights_are_those_of_flares_aggregator(result: JobResult, points: list[Point]) -> None:
@@ -154,6 +158,15 @@ def test_the_rounds_agree_with_flares_log(result: JobResult, points: list[Point]
     rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| \d", line)]
     assert [(row[0], row[2], row[3]) for row in rows] == [(f"| {round_}", "4", "4") for round_ in range(ROUNDS)]
     assert SLOW in rows[-1][-1]
+
+
+def test_the_last_round_ends_before_flare_finalizes_the_workflow(result: JobResult, points: list[Point]) -> None:
+    """FLARE imports torch then, which takes seconds on any machine."""
+    log = (result.workspace / "server" / "log.txt").read_text()
+    (began,) = [_clock(line) for line in re.finditer(rf"{_TIME}.*Round {ROUNDS - 1} started", log)]
+    (ended,) = [_clock(line) for line in re.finditer(rf"{_TIME}.*Workflow: \S+ finalizing", log)]
+
+    assert of(points, "fl/round_seconds")[ROUNDS - 1] == pytest.approx(ended - began, abs=1.0)
 
 
 _TIME = r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3})"

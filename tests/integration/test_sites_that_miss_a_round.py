@@ -34,6 +34,7 @@ class Relay:
         self.task.targets = [*SITES]
         self.task.schedule_time = time.time() - age_s
         self.manager = SequentialRelayTaskManager(self.task, TIMEOUT_S, None, dynamic_targets=False)
+        self.task.props["___mgr"] = self.manager  # as FLARE's communicator does
 
     def ask(self, site: str) -> bool:
         """Let a site ask for the task, and return its result if it gets it. Return whether it got it."""

@@ -38,11 +38,8 @@ def sampled(aggregation: Aggregation, round_: int, sites: Sequence[str] = SITES)
     assert found == []
 
 
-def reported(aggregation: Aggregation, round_: int, sites: Sequence[str] = SITES) -> list[Output]:
-    found = []
-    for site in sites:
-        found += aggregation.add_facts([record({f"fl/result_after_seconds/{site}": 1.0}, round_, round_)])
-    return found
+def ended(aggregation: Aggregation, round_: int, missing: int = 0) -> list[Output]:
+    return aggregation.add_facts(facts(round_, round_seconds=2.0, sites_missing=float(missing)))
 
 
 def end(aggregation: Aggregation) -> list[Output]:
@@ -99,7 +96,7 @@ def test_rows_and_digests_of_rows_give_what_single_records_give(
             for aggregation in found:
                 aggregation.add_facts([record({"fl/steps/site-1": 1.0, "fl/steps/site-2": 2.0}, 0, 0)])
                 sampled(aggregation, 0)
-                found[aggregation] += reported(aggregation, 0)
+                found[aggregation] += ended(aggregation, 0)
         for site in SITES:
             own = [(i, one) for i, one in enumerate(logged[begin : begin + size]) if one[0] == site]
             row = [record({key: value}, n if counts_rounds else i, n) for i, (_, n, key, value, counts_rounds) in own]
@@ -134,7 +131,7 @@ def test_a_named_metric_weighs_as_in_numpy(logged: dict[str, tuple[float, float]
         for site, (value, weight) in logged.items():
             steps = [record({"train/samples": w}, 10 * round_ + i, round_) for i, w in enumerate((1e12, weight))]
             aggregation.add(site, [*steps, record({"val/loss": value}, round_, round_)])
-        found += reported(aggregation, round_, [*logged])
+        found += ended(aggregation, round_)
 
     values, weights = (np.array([pair[i] for pair in logged.values()]) for i in range(2))
     scale = float(np.abs(values).max()) + 1e-290
@@ -151,7 +148,7 @@ def test_without_the_named_weight_of_each_site_there_is_no_weighted_mean() -> No
     aggregation.add("site-1", [record({"a": 1.0, "n": 2.0}, 0, 0)])
     aggregation.add("site-2", [record({"a": 3.0}, 0, 0)])
 
-    found = by_round(reported(aggregation, 0, ["site-1", "site-2"]))
+    found = by_round(ended(aggregation, 0))
 
     assert found[0]["a/mean"] == 2.0
     assert "a/weighted_mean" not in found[0]
@@ -164,7 +161,7 @@ def test_a_site_without_a_finite_value_needs_no_weight() -> None:
     for site, value in zip(SITES, (0.0, 4.0, math.nan), strict=True):
         aggregation.add(site, [record({"a": value}, 0, 0)])
 
-    found = by_round(reported(aggregation, 0))
+    found = by_round(ended(aggregation, 0))
 
     assert (found[0]["a/weighted_mean"], found[0]["a/nonfinite"]) == (3.0, 1.0)
 
@@ -192,7 +189,7 @@ def test_a_site_that_weighs_in_any_rounds_takes_no_room_from_the_others(monkeypa
     sampled(aggregation, 0, ["site-1"])
     aggregation.add("site-1", [record({"a": 1.0, "n": 2.0}, 0, 0)])
 
-    assert by_round(reported(aggregation, 0, ["site-1"]))[0]["a/weighted_mean"] == 1.0
+    assert by_round(ended(aggregation, 0))[0]["a/weighted_mean"] == 1.0
 
 
 def test_weights_are_forgotten_when_their_round_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +198,7 @@ def test_weights_are_forgotten_when_their_round_is_written(monkeypatch: pytest.M
     for round_ in range(200):
         aggregation.add_facts([record({"fl/sampled/site-1": 1.0}, round_, round_)])
         aggregation.add("site-1", [record({"a": 1.0, "n": 2.0}, round_, round_)])
-        (output,) = aggregation.add_facts([record({"fl/result_after_seconds/site-1": 1.0}, round_, round_)])
+        (output,) = ended(aggregation, round_)
 
     assert output.values["a/weighted_mean"] == 1.0
 
@@ -301,15 +298,14 @@ def test_weights_that_are_none_give_no_weighted_mean(weights: list[float]) -> No
     assert "weighted_mean" not in describe([1.0, 2.0], weights)
 
 
-def test_a_round_is_written_when_its_last_site_has_reported() -> None:
+def test_a_round_is_written_when_it_ends() -> None:
     aggregation = Aggregation()
     found: list[Output] = []
     for round_ in (0, 1):
         sampled(aggregation, round_)
         for i, site in enumerate(SITES):
             aggregation.add(site, [record({"val/loss": 10.0 * round_ + i}, round_, round_)])
-        assert reported(aggregation, round_, SITES[:2]) == []
-        found += reported(aggregation, round_, SITES[2:])
+        found += ended(aggregation, round_)
 
     # Round 0 alone does not show that the key counts rounds.
     assert [(output.round, sorted(output.values)[0]) for output in found] == [
@@ -329,22 +325,50 @@ def test_a_round_that_ends_without_a_site_is_written_then_and_says_so() -> None:
     aggregation = Aggregation(["val/*"])
     sampled(aggregation, 3)
     aggregation.add("site-1", [record({"val/loss": 1.0}, 7, 3)])
-    assert reported(aggregation, 3, ["site-1"]) == []
 
-    found = by_round(aggregation.add_facts(facts(3, round_seconds=2.0)))
+    found = by_round(ended(aggregation, 3, missing=2))
 
     assert found == {3: {"fl/all_reported": 0, **{f"val/loss/{k}": v for k, v in describe([1.0]).items()}}}
 
 
-def test_a_site_that_failed_is_not_waited_for() -> None:
+def test_sites_that_report_one_after_another_are_all_in_the_statistics() -> None:
+    """As in a cyclic workflow: each site is sampled when the one before it has reported."""
+    aggregation = Aggregation(["val/*"])
+    for i, site in enumerate(SITES):
+        sampled(aggregation, 0, [site])
+        aggregation.add(site, [record({"val/loss": float(i)}, 0, 0)])
+        assert aggregation.add_facts([record({f"fl/steps/{site}": 1.0 + i}, 0, 0)]) == []
+
+    found = by_round(ended(aggregation, 0))
+
+    expected = describe([0.0, 1.0, 2.0], [1.0, 2.0, 3.0])
+    assert found == {0: {"fl/all_reported": 1, **{f"val/loss/{name}": value for name, value in expected.items()}}}
+    assert not aggregation.is_unfinished()
+
+
+def test_what_sites_log_in_a_second_task_of_a_round_is_in_the_statistics() -> None:
+    aggregation, found = Aggregation(), list[Output]()
+    for round_ in range(2):
+        sampled(aggregation, round_)
+        for key in ("val/loss", "train/loss"):
+            for i, site in enumerate(SITES):
+                aggregation.add(site, [record({key: i + 0.5}, round_, round_)])
+                aggregation.add_facts([record({f"fl/seconds/{key}/{site}": 1.0}, round_, round_)])
+        found += ended(aggregation, round_)
+
+    for round_, values in by_round(found).items():
+        assert (values["val/loss/count"], values["train/loss/count"]) == (3, 3), round_
+    assert not [output for output in found if "fl/late_values" in output.values]
+
+
+def test_a_round_whose_end_was_not_seen_has_not_all_reported() -> None:
     aggregation = Aggregation(["*"])
-    sampled(aggregation, 0, ["site-1", "site-2"])
+    sampled(aggregation, 0, ["site-1"])
     aggregation.add("site-1", [record({"a": 1.0}, 0, 0)])
-    assert reported(aggregation, 0, ["site-1"]) == []
 
-    found = by_round(aggregation.add_facts(facts(0, failed__site_2=1.0)))
+    found = by_round(end(aggregation))
 
-    assert found[0]["a/count"] == 1
+    assert (found[0]["fl/all_reported"], found[0]["a/count"]) == (0, 1)
 
 
 def test_the_last_value_of_a_site_counts_and_a_later_one_is_late() -> None:
@@ -352,7 +376,7 @@ def test_the_last_value_of_a_site_counts_and_a_later_one_is_late() -> None:
     sampled(aggregation, 0, ["site-1"])
     aggregation.add("site-1", [record({"train/loss": float(step)}, step, 0) for step in range(5)])
 
-    assert by_round(reported(aggregation, 0, ["site-1"]))[0]["train/loss/mean"] == 4.0
+    assert by_round(ended(aggregation, 0))[0]["train/loss/mean"] == 4.0
     assert not aggregation.is_unfinished()
     aggregation.add("site-1", [record({"train/loss": 9.0}, 9, 0)])
     assert aggregation.is_unfinished()
@@ -370,7 +394,7 @@ def test_without_patterns_only_keys_that_count_rounds_are_aggregated() -> None:
             aggregation.add(site, [*logged, record({"val/loss": 1.0}, round_, round_)])
         aggregation.add("site-1", [record({"alone": 1.0, "fl/sampled/x": 1.0}, round_, round_)])
         aggregation.add("server", [record({"val/loss": 99.0}, round_, round_)])
-        found += reported(aggregation, round_, ["site-1", "site-2"])
+        found += ended(aggregation, round_)
     found += end(aggregation)
 
     keys = {key for output in found for key in output.values}
@@ -397,7 +421,7 @@ def test_a_job_of_one_round_has_statistics_at_its_end() -> None:
     sampled(aggregation, 0, ["site-1", "site-2"])
     for site, value in (("site-1", 1.0), ("site-2", 3.0)):
         aggregation.add(site, [record({"val/loss": value}, 0, 0)])
-    assert by_round(reported(aggregation, 0, ["site-1", "site-2"])) == {0: {"fl/all_reported": 1}}
+    assert by_round(ended(aggregation, 0)) == {0: {"fl/all_reported": 1}}
 
     assert by_round(end(aggregation))[0]["val/loss/mean"] == 2.0
 
@@ -422,7 +446,7 @@ def test_a_round_that_begins_again_is_written_again() -> None:
         aggregation.add_facts(facts(0, rounds_started=value))
         sampled(aggregation, 0, ["site-1"])
         aggregation.add("site-1", [record({"a": value}, 0, 0)])
-        found += reported(aggregation, 0, ["site-1"])
+        found += ended(aggregation, 0)
 
     assert [output.values["a/mean"] for output in found] == [1.0, 2.0]
     assert not aggregation.is_unfinished()
@@ -435,7 +459,7 @@ def test_weights_are_those_of_the_round() -> None:
     for site, value in (("site-1", 0.0), ("site-2", 4.0)):
         aggregation.add(site, [record({"a": value}, 0, 0)])
 
-    assert by_round(reported(aggregation, 0, ["site-1", "site-2"]))[0]["a/weighted_mean"] == 3.0
+    assert by_round(ended(aggregation, 0))[0]["a/weighted_mean"] == 3.0
 
 
 def test_a_site_with_many_keys_leaves_room_for_the_others() -> None:

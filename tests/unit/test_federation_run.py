@@ -78,7 +78,8 @@ def calls() -> list[list[Any]]:
         found.append(["facts", {f"fl/sampled/{site}": 1.0 for site in SITES}, round_])
         for site in SITES:
             found.append(["batch", site, round_])
-            found.append(["facts", {f"fl/result_after_seconds/{site}": 1.0}, round_])
+            found.append(["facts", {f"fl/seconds/train/{site}": 1.0}, round_])
+        found.append(["facts", {"fl/round_seconds": 1.0, "fl/sites_missing": 0.0}, round_])
     return found
 
 

@@ -2,7 +2,8 @@
 """Logs into the federation run how the job proceeds: rounds, sites, waits, bytes of model, and FLARE's own metrics.
 
 `trackhub.flare.receiver_widget` makes a `FederationWatch` on the server. It learns everything from FLARE's events, so a
-training script needs no line for it. `trackhub.flare.read_task_events` reads the events.
+training script needs no line for it. `trackhub.flare.read_task_events` reads the events, and
+`trackhub.flare.round_facts` works out what they say of a round.
 """
 
 from __future__ import annotations
@@ -20,70 +21,11 @@ from trackhub.delivery import FederationRun
 from trackhub.flare import flare_internals, read_task_events
 from trackhub.flare.model_updates import ModelUpdates
 from trackhub.flare.read_task_events import HandedTask, ReturnedTask
-from trackhub.printable import printable
+from trackhub.flare.round_facts import TABLE_HEAD, Round
 
 __all__ = ["FederationWatch"]
 
 _MAX_ROUNDS_IN_SUMMARY = 200
-
-
-class _Round:
-    """What has happened in one round. Times are of the monotonic clock."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.began = time.monotonic()
-        self.sampled: set[str] = set()
-        self.handed: dict[str, tuple[HandedTask, float]] = {}
-        self.result_at: dict[str, float] = {}
-        self.failed: set[str] = set()
-        self.bytes_sent = 0
-        self.bytes_received = 0
-
-    def missing(self) -> set[str]:
-        """Return the sampled sites that have sent no result, neither a good nor a failed one."""
-        return self.sampled - self.result_at.keys() - self.failed
-
-    def waits(self) -> dict[str, float]:
-        """Return site -> seconds between its result and the last result of the round."""
-        last = max(self.result_at.values(), default=0.0)
-        return {site: last - at for site, at in self.result_at.items()}
-
-    def waited_for(self) -> tuple[str, float] | None:
-        """Return the site whose result came last, and the seconds between the second-last result and the last.
-
-        None if fewer than two results came.
-        """
-        if len(self.result_at) < 2:
-            return None
-        (second, _), (last, site) = sorted((at, site) for site, at in self.result_at.items())[-2:]
-        return site, last - second
-
-    def facts(self, seconds: float) -> dict[str, float]:
-        """Return what the federation run says of the whole round."""
-        found = {
-            "fl/round_seconds": seconds,
-            "fl/sites_reported": len(self.result_at),
-            "fl/sites_missing": len(self.missing()),
-            "fl/sites_failed": len(self.failed),
-            "fl/model_bytes_sent": self.bytes_sent,
-            "fl/model_bytes_received": self.bytes_received,
-        }
-        found |= {f"fl/missing/{site}": 1 for site in self.missing()}
-        found |= {f"fl/wait_seconds/{site}": wait for site, wait in self.waits().items()}
-        if (slowest := self.waited_for()) is not None:
-            found[f"fl/waited_for_seconds/{slowest[0]}"] = slowest[1]
-        return found
-
-    def row(self, seconds: float) -> str:
-        """Return the round's row in the summary, in Markdown."""
-        slowest = self.waited_for()
-        waited = "-" if slowest is None else f"{_cell(slowest[0])}, {slowest[1]:.1f} s"
-        missing, failed = (", ".join(map(_cell, sorted(sites))) or "-" for sites in (self.missing(), self.failed))
-        return (
-            f"| {self.number} | {seconds:.1f} | {len(self.sampled)} | {len(self.result_at)} | {missing} | {failed} "
-            f"| {waited} |"
-        )
 
 
 class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
@@ -101,7 +43,7 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
         self._federation = federation
         self._updates = ModelUpdates(self.logger.warning) if update_statistics else None
         self._lock = threading.Lock()
-        self._round: _Round | None = None
+        self._round: Round | None = None
         self._best: tuple[int, dict[str, float]] | None = None
         self._rows: list[str] = []
         self._last = 0
@@ -136,25 +78,35 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
         elif event_type == EventType.BEFORE_PROCESS_SUBMISSION:
             if (returned := read_task_events.returned_task(fl_ctx)) is not None and (took_part := self._take(returned)):
                 self._measure(returned.id, *took_part, fl_ctx.get_prop(FLContextKey.TASK_RESULT))
+        elif event_type == read_task_events.MODEL_SAVED:
+            self._note_event()
         elif event_type == read_task_events.AFTER_AGGREGATION:
             self._note_aggregation(read_task_events.aggregated_metrics(fl_ctx), read_task_events.site_weights(fl_ctx))
         elif event_type == read_task_events.BEST_MODEL:
             number, metrics = read_task_events.best_metrics(fl_ctx)
             if number is not None:
                 self._best = (number, metrics)
-        elif event_type in (read_task_events.ROUND_DONE, EventType.END_WORKFLOW):
+        elif event_type == read_task_events.ROUND_DONE:
             self._begin(None)
+        elif event_type == EventType.END_WORKFLOW:
+            self._begin(None, is_end_of_workflow=True)
         elif event_type == EventType.ABOUT_TO_END_RUN:
-            self._begin(None)
+            self._begin(None, is_end_of_workflow=True)
             self._summarise()
 
-    def _begin(self, number: int | None) -> None:
-        """End the present round. Begin this one, or none if it is None."""
+    def _begin(self, number: int | None, *, is_end_of_workflow: bool = False) -> None:
+        """End the present round. Begin this one, or none if it is None.
+
+        Args:
+            number: the round that begins.
+            is_end_of_workflow: the present round ended with the last event in it. What FLARE does to end a workflow
+                takes seconds, such as importing torch.
+        """
         self._end_updates()
         with self._lock:
-            ended, self._round = self._round, None if number is None else _Round(number)
+            ended, self._round = self._round, None if number is None else Round(number)
             if ended is not None and ended.sampled:
-                seconds = time.monotonic() - ended.began
+                seconds = (ended.last_event_at if is_end_of_workflow else time.monotonic()) - ended.began
                 self._last = ended.number
                 self._rows.append(ended.row(seconds))
                 self._federation.log(ended.facts(seconds), ended.number)
@@ -170,35 +122,18 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
             current = self._round
             if current is None or task.round not in (None, current.number):
                 return
-            # If a site asks again, FLARE hands out the same task again. The site's time counts from the first time.
-            if task.id not in current.handed:
-                current.handed[task.id] = (task, time.monotonic())
-            current.bytes_sent += task.model_bytes
-            if new := {task.site, *task.targets} - current.sampled:
-                current.sampled |= new
-                facts = {f"fl/sampled/{site}": 1.0 for site in sorted(new)}
-                self._federation.log({**facts, "fl/sites_sampled": len(current.sampled)}, current.number)
+            if new := current.hand(task):
+                self._federation.log({f"fl/sampled/{site}": 1.0 for site in sorted(new)}, current.number)
 
     def _take(self, result: ReturnedTask) -> tuple[str, int] | None:
         """Take a result. Return its site and round if it is a good one of the present round."""
-        now = time.monotonic()
         with self._lock:
             current = self._round
-            if current is None or result.id not in current.handed:
+            if current is None or (taken := current.take(result)) is None:
                 return None  # of an earlier round, which has ended without it
-            task, handed_at = current.handed[result.id]
-            current.bytes_received += result.model_bytes
-            facts = {f"fl/seconds/{task.name}/{task.site}": now - handed_at}
-            if result.is_ok:
-                current.result_at[task.site] = now
-                facts[f"fl/result_after_seconds/{task.site}"] = now - current.began
-            else:
-                current.failed.add(task.site)
-                facts[f"fl/failed/{task.site}"] = 1.0
-            if result.steps is not None:
-                facts[f"fl/steps/{task.site}"] = result.steps
+            site, facts = taken
             self._federation.log(facts, current.number)
-            return (task.site, current.number) if result.is_ok else None
+            return (site, current.number) if result.is_ok else None
 
     def _measure(self, task_id: str, site: str, number: int, result: Any) -> None:
         """Measure an update without the lock, so that FLARE can hand out tasks meanwhile."""
@@ -210,8 +145,14 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
         if self._updates is not None and current is not None:
             self._federation.log(self._updates.end(), current.number)
 
+    def _note_event(self) -> None:
+        with self._lock:
+            if self._round is not None:
+                self._round.note_event()
+
     def _note_aggregation(self, metrics: dict[str, float], weights: dict[str, float]) -> None:
         self._end_updates()
+        self._note_event()
         with self._lock:
             if self._round is not None and (metrics or weights):
                 # These keys begin with "aggregated/", not with "fl/". TensorBoard and MLflow sort keys, and so show
@@ -228,12 +169,7 @@ class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
             number, metrics = best
             self._federation.log({"fl/best_round": number} | {f"fl/best/{k}": v for k, v in metrics.items()}, number)
         if rows:
-            head = "| round | seconds | sampled | reported | missing | failed | all others waited for |\n"
             left_out = len(rows) - _MAX_ROUNDS_IN_SUMMARY
             note = f"\n\nThe first {left_out} rounds are left out." if left_out > 0 else ""
-            table = head + "| ---: " * 4 + "| --- " * 3 + "|\n" + "\n".join(rows[-_MAX_ROUNDS_IN_SUMMARY:])
+            table = "\n".join([TABLE_HEAD, *rows[-_MAX_ROUNDS_IN_SUMMARY:]])
             self._federation.log_text("fl/how_it_ran", f"How the federation ran:\n\n{table}{note}", self._last)
-
-
-def _cell(name: str) -> str:
-    return printable(name).replace("|", "\\|")

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.fl_constant import FLContextKey, FLMetaKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.any_relay_manager import AnyRelayTaskManager
+from nvflare.apis.impl.send_manager import SendTaskManager
+from nvflare.apis.impl.seq_relay_manager import SequentialRelayTaskManager
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AppConstants, ValidateType
@@ -25,6 +28,7 @@ __all__ = [
     "AFTER_AGGREGATION",
     "BEST_MODEL",
     "EVALUATED",
+    "MODEL_SAVED",
     "ROUND_DONE",
     "HandedTask",
     "ReturnedTask",
@@ -42,10 +46,12 @@ __all__ = [
 
 ROUND_DONE: str = AppEventType.ROUND_DONE
 AFTER_AGGREGATION: str = AppEventType.AFTER_AGGREGATION
+MODEL_SAVED: str = AppEventType.AFTER_LEARNABLE_PERSIST
 BEST_MODEL: str = AppEventType.GLOBAL_BEST_MODEL_AVAILABLE
 EVALUATED: str = AppEventType.VALIDATION_RESULT_RECEIVED
 
 _MAX_LEAVES = 1_000_000
+_MANAGER = "___mgr"  # the property of a task in which FLARE keeps who decides which site gets it (`wf_comm_server.py`)
 
 
 class HandedTask(NamedTuple):
@@ -53,17 +59,21 @@ class HandedTask(NamedTuple):
 
     Attributes:
         id: FLARE's id of this site's copy of the task.
+        workflow_task: FLARE's id of the task itself, which the copies of all sites share.
         name: what is to be done, such as ``train``.
         site: who gets it.
-        targets: the sites that the workflow sends this task to.
+        targets: the sites that are all to do this task.
+        is_relay: True if the sites do the task one after another.
         round: the round that the task carries; None if it carries none.
         model_bytes: bytes of the arrays in it.
     """
 
     id: str
+    workflow_task: str
     name: str
     site: str
     targets: tuple[str, ...]
+    is_relay: bool
     round: int | None
     model_bytes: int
 
@@ -95,12 +105,16 @@ def handed_task(fl_ctx: FLContext) -> HandedTask | None:
     client_task = _client_task(fl_ctx)
     if client_task is None:
         return None
-    data = fl_ctx.get_prop(FLContextKey.TASK_DATA)
+    data, task = fl_ctx.get_prop(FLContextKey.TASK_DATA), client_task.task
+    manager = task.props.get(_MANAGER)
+    one_does_it = isinstance(manager, SendTaskManager)  # the first of the targets that asks
     return HandedTask(
         id=str(fl_ctx.get_prop(FLContextKey.TASK_ID)),
-        name=str(client_task.task.name),
+        workflow_task=str(task.msg_root_id),
+        name=str(task.name),
         site=str(client_task.client.name),
-        targets=tuple(map(str, client_task.task.targets or ())),
+        targets=() if one_does_it else tuple(map(str, task.targets or ())),
+        is_relay=isinstance(manager, SequentialRelayTaskManager | AnyRelayTaskManager),
         round=round_of_task(data),
         model_bytes=_array_bytes(data),
     )

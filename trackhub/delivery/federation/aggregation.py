@@ -26,13 +26,10 @@ __all__ = ["FACTS", "JOB_ENDED", "Aggregation", "Output", "describe", "key_patte
 FACTS = "fl/"
 """The prefix of the federation run's own facts. A key with this prefix is not aggregated if a site logs it."""
 
-# Each of these four prefixes is followed by the name of a site.
-_SAMPLED = "fl/sampled/"  # the round expects a result of this site
-_REPORTED = "fl/result_after_seconds/"  # the result of this site has arrived
-_FAILED = "fl/failed/"  # this site has sent no usable result
-_WEIGHT = "fl/steps/"  # the weight of this site's values in the weighted mean
+_WEIGHT = "fl/steps/"  # before the name of a site: the weight of its values in the weighted mean
 _ROUND_BEGAN = "fl/rounds_started"
 _ROUND_ENDED = "fl/round_seconds"
+_MISSING = "fl/sites_missing"  # comes with the end of the round: how many sites have sent no result
 JOB_ENDED = "fl/rounds"
 """The key of the fact that the job has ended. Its value is the number of rounds."""
 
@@ -222,29 +219,23 @@ class _Keys:
 
 
 class _Round:
-    """One round: which sites it expects, which have reported, and the last value of each site and key."""
+    """One round: the last value of each site and key."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.expected: set[str] = set()
-        self.reported: set[str] = set()
         self.weights: dict[str, float] = {}
         self.values: dict[str, dict[str, float]] = {}
         self.is_announced = False
         self.is_closed = False
 
-    def is_complete(self) -> bool:
-        """Return whether all expected sites have reported."""
-        return bool(self.expected) and self.expected <= self.reported
-
 
 class Aggregation:
     """Aggregates the sites' metrics by round. Used by one thread.
 
-    A round is closed when all sites that it expects have reported, or when it ends. Then the statistics of its keys are
-    returned. If it is not certain yet whether a key is aggregated, its values are kept until two more rounds are closed
-    or the job ends. If a site logs a key several times in a round, the last value counts. A value that comes after the
-    round is closed is counted as late.
+    A round is closed when it ends, and not before: a site that has reported may get a further task of the round. Then
+    the statistics of its keys are returned. If it is not certain yet whether a key is aggregated, its values are kept
+    until two more rounds are closed or the job ends. If a site logs a key several times in a round, the last value
+    counts. A value that comes after the round is closed is counted as late.
 
     Attributes:
         last_time: unix seconds of the newest record that it used; 0 before the first.
@@ -400,9 +391,10 @@ class Aggregation:
                 self._unsettled.discard(record.round)
                 current = self._rounds[record.round] = _Round(record.round)
             current.is_announced = True
-            _note_facts(current, values, steps_weigh=self._keys.weight is None)
-            if not current.is_closed and (_ROUND_ENDED in values or current.is_complete()):
-                found += self._close(record.round, current, record.time)
+            if self._keys.weight is None:
+                current.weights |= {k[len(_WEIGHT) :]: v for k, v in values.items() if k.startswith(_WEIGHT)}
+            if _ROUND_ENDED in values and not current.is_closed:
+                found += self._close(record.round, current, record.time, all_reported=values.get(_MISSING) == 0)
         return found
 
     def is_unfinished(self) -> bool:
@@ -431,13 +423,13 @@ class Aggregation:
         found: list[Output] = []
         single_round = self.rounds() == 1
         for number, current in sorted(self._rounds.items()):
-            said = {} if current.is_closed else _all_reported(current)
+            said = {_ALL_REPORTED: 0.0} if current.is_announced and not current.is_closed else {}
             current.is_closed = True
             found += self._emit(number, time, said, single_round=single_round)
             self._drop(current)
         return found + self._tell_late(self.last_round(), time)
 
-    def _close(self, number: int, current: _Round, time: float) -> list[Output]:
+    def _close(self, number: int, current: _Round, time: float, *, all_reported: bool) -> list[Output]:
         current.is_closed = True
         found: list[Output] = []
         for earlier in sorted(n for n in self._unsettled if n < number):
@@ -445,7 +437,7 @@ class Aggregation:
             if earlier <= number - _HELD_ROUNDS or not self._rounds[earlier].values:
                 self._drop(self._rounds[earlier])
                 self._unsettled.discard(earlier)
-        found += self._emit(number, time, _all_reported(current))
+        found += self._emit(number, time, {_ALL_REPORTED: float(all_reported)})
         if current.values:
             self._unsettled.add(number)
         else:
@@ -479,20 +471,3 @@ class Aggregation:
             numbers |= {f"{key}/{name}": value for name, value in statistics.items()}
         items = list(numbers.items())
         return [Output(number, time, dict(items[i : i + _AT_ONCE])) for i in range(0, len(items), _AT_ONCE)]
-
-
-def _all_reported(current: _Round) -> dict[str, float]:
-    """Return the fact that says whether all sites have reported. Empty if the server did not announce the round."""
-    return {_ALL_REPORTED: float(current.is_complete())} if current.is_announced else {}
-
-
-def _note_facts(current: _Round, values: Mapping[str, float], *, steps_weigh: bool) -> None:
-    for key, value in values.items():
-        if key.startswith(_SAMPLED):
-            current.expected.add(key[len(_SAMPLED) :])
-        elif key.startswith(_REPORTED):
-            current.reported.add(key[len(_REPORTED) :])
-        elif key.startswith(_FAILED):
-            current.reported.add(key[len(_FAILED) :])
-        elif steps_weigh and key.startswith(_WEIGHT):
-            current.weights[key[len(_WEIGHT) :]] = value
