@@ -56,7 +56,7 @@ class TrackhubLogger(Logger):
         """
         super().__init__()
         self.writer = Writer(strict=strict) if writer is None else writer
-        self._prefix = f"{prefix}/" if prefix else ""
+        self._prefix = prefix
         self._log_model = log_model
         self._checkpoint: Any = None
 
@@ -78,18 +78,20 @@ class TrackhubLogger(Logger):
     @rank_zero_only  # type: ignore[untyped-decorator]
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log scalars as one record. Lightning calls it."""
-        self.writer.log({f"{self._prefix}{key}": value for key, value in metrics.items()}, step)
+        self.writer.log({self._prefix: metrics} if self._prefix else metrics, step)
 
     @rank_zero_only  # type: ignore[untyped-decorator]
     def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
         """Log hyperparameters. Lightning calls it with those of the module and of the data module.
 
         Args:
-            params: a mapping or a namespace.
+            params: as for ``Writer.log_params``. None logs nothing.
             args: further arguments of other loggers, without effect.
             kwargs: further params.
         """
-        self.writer.log_params({**(vars(params) if hasattr(params, "__dict__") else dict(params or {})), **kwargs})
+        if params is not None:
+            self.writer.log_params(params)
+        self.writer.log_params(kwargs)  # an empty mapping logs nothing
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         """Remember which callback saves checkpoints. Lightning calls it."""

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scripts also call the loggers and callbacks themselves, with whatever they have. A bad value costs itself.
+
+`make trainers` installs the trainers' libraries into ``.venv-trainers``, and `make test-all` runs these tests there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.readers_and_bad_backends import new_spool
+from tests.unit.test_writer_bad_values import Optim, count_of, payloads
+from trackhub.records import Metrics, Params
+from trackhub.writer.writer import Writer
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Writer:
+    return Writer(new_spool(tmp_path / "spool"))
+
+
+@pytest.fixture
+def lightning(writer: Writer) -> Any:
+    pytest.importorskip("lightning", reason="not installed here: make trainers")
+    from trackhub.integrations.lightning import TrackhubLogger
+
+    return TrackhubLogger(writer)
+
+
+class OwnDict(dict[str, Any]):
+    """Has an empty ``__dict__``, as Lightning's ``AttributeDict`` has, which is the type of ``self.hparams``."""
+
+
+PARAMS = {
+    "a dict": {"lr": 0.1},
+    "a subclass of dict": OwnDict(lr=0.1),
+    "an OrderedDict": collections.OrderedDict(lr=0.1),
+    "a mapping with fields of its own, as an OmegaConf is": collections.UserDict(lr=0.1),
+    "a namespace": argparse.Namespace(lr=0.1),
+}
+
+
+@pytest.mark.parametrize("what", PARAMS)
+def test_lightning_logs_hyperparameters_of_any_kind(lightning: Any, writer: Writer, what: str) -> None:
+    lightning.log_hyperparams(PARAMS[what], seed=3)
+
+    assert payloads(writer) == [Params({"lr": 0.1}), Params({"seed": 3})]
+
+
+def test_a_lightning_module_logs_its_own_hyperparameters(lightning: Any, writer: Writer) -> None:
+    from lightning.pytorch.core.mixins import HyperparametersMixin
+
+    class Module(HyperparametersMixin):  # type: ignore[misc]  # not installed beside mypy
+        def __init__(self, width: int = 3) -> None:
+            super().__init__()
+            self.save_hyperparameters(logger=False)
+
+    lightning.log_hyperparams(Module().hparams)
+    assert payloads(writer) == [Params({"width": 3})]
+
+
+def test_lightning_logs_the_fields_of_objects_and_counts_other_values(lightning: Any, writer: Writer) -> None:
+    lightning.log_hyperparams(Optim())
+    lightning.log_hyperparams(None)
+    for value in (5, [1], "x"):
+        lightning.log_hyperparams(value)
+    lightning.log_metrics(None)
+    lightning.log_metrics({"loss": 0.5}, 1)
+
+    found = payloads(writer)
+    assert (found[0], found[-1]) == (Params({"lr": 0.1, "betas": [0.9, 0.999]}), Metrics({"loss": 0.5}))
+    assert count_of(writer).dropped == {"invalid_call": 4}
+
+
+def test_a_prefix_comes_before_the_metrics_of_lightning(lightning: Any, writer: Writer) -> None:
+    type(lightning)(writer, prefix="fold-1").log_metrics({"loss": 0.5}, 1)
+
+    assert payloads(writer) == [Metrics({"fold-1/loss": 0.5})]
