@@ -7,13 +7,15 @@ by their attributes, and imports none of these libraries. An error's message beg
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import enum
 import math
 import os
 import signal
+import sys
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trackhub.errors import RecordError
@@ -38,8 +40,8 @@ _NUMBERS = ("", "b", "i", "u", "f", "O")  # kinds of numpy: none, bools, ints, f
 _FIRST_ADDED_TYPE = 256  # numpy numbers the types that other libraries add from here on (NPY_USERDEF)
 _MISSING = ("NAType", "NaTType")  # the types of pandas' NA and NaT. The null of polars is None already
 _SHOWN_CHARS = 80
-_FIELDS = ("__dataclass_fields__", "__struct_fields__", "_fields", "model_fields", "__fields__")
-"""The attributes in which classes list their fields: dataclasses, msgspec, named tuples, pydantic 2 and 1."""
+_FIELDS = ("__struct_fields__", "_fields", "model_fields", "__fields__")
+"""The attributes in which classes list their fields: msgspec, named tuples, pydantic 2 and 1."""
 
 
 def plain_text(what: str, key: Any, text: str) -> str:
@@ -131,19 +133,47 @@ def as_mapping(value: Any, *, has_fields: bool) -> Mapping[Any, Any] | None:
         return value
     if not has_fields or isinstance(value, type):
         return None
-    kind = type(value)
-    if isinstance(value, types.SimpleNamespace) or (kind.__module__, kind.__name__) == ("argparse", "Namespace"):
+    if isinstance(value, types.SimpleNamespace) or _is_argparse_namespace(value):
         return dict(vars(value))
-    names: Iterable[str]
+    names = _names_of_fields(value)
+    return _Fields(value, names) if names else None
+
+
+class _Fields(Mapping[str, Any]):
+    """The fields of an object, each read when it is asked for: one that cannot be read costs no other."""
+
+    def __init__(self, owner: Any, names: tuple[str, ...]) -> None:
+        self._owner = owner
+        self._names = names
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._owner, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _is_argparse_namespace(value: Any) -> bool:
+    """Return whether this is an ``argparse.Namespace``, or of a subclass, such as jsonargparse's."""
+    argparse = sys.modules.get("argparse")  # without it, there is none
+    return argparse is not None and isinstance(value, argparse.Namespace)
+
+
+def _names_of_fields(value: Any) -> tuple[str, ...]:
+    """Return the names of an object's fields. It is empty for an object of an unknown kind."""
+    kind = type(value)
+    if hasattr(kind, "__dataclass_fields__"):
+        return tuple(field.name for field in dataclasses.fields(value))  # without ClassVar and InitVar
     if isinstance(attributes := getattr(kind, "__attrs_attrs__", None), tuple):  # attrs
-        names = [attribute.name for attribute in attributes]
-    else:
-        for attribute in _FIELDS:
-            if isinstance(names := getattr(kind, attribute, ()), tuple | Mapping) and names:
-                break
-        else:
-            return None
-    return {name: getattr(value, name) for name in names}
+        return tuple(attribute.name for attribute in attributes)
+    for attribute in _FIELDS:
+        if isinstance(names := getattr(kind, attribute, ()), tuple | Mapping) and names:
+            break
+    extra = getattr(value, "__pydantic_extra__", None)  # what a model with extra="allow" got beside its fields
+    return tuple(names) + (tuple(extra) if isinstance(extra, dict) else ())
 
 
 def array_of(value: Any) -> Any:

@@ -372,13 +372,13 @@ def _leaves(
     if fields is None:
         name = type(values).__name__
         raise WrongCallError(f"{method}: expected a mapping of key to value, got {name}: {shown(values)}")
-    yield from _pairs("", fields, bad, 0 if is_nested else MAX_DEPTH + 1, has_fields=has_fields)
+    yield from _pairs("", list(fields), fields, bad, 0 if is_nested else MAX_DEPTH + 1, has_fields=has_fields)
 
 
 def _pairs(
-    prefix: str, fields: Mapping[Any, Any], bad: BadValues, depth: int, *, has_fields: bool
+    prefix: str, keys: list[Any], fields: Mapping[Any, Any], bad: BadValues, depth: int, *, has_fields: bool
 ) -> Iterator[tuple[Any, Any]]:
-    for key in fields:
+    for key in keys:
         path: Any = key
         try:
             path = f"{prefix}{key_text(key, is_inner=bool(prefix))}"
@@ -386,13 +386,14 @@ def _pairs(
             inner = None if depth > MAX_DEPTH else as_mapping(value, has_fields=has_fields)
             if inner is not None and depth == MAX_DEPTH:
                 raise RecordError(f"{path[:80]!r} is nested more than {MAX_DEPTH} deep; flatten it first")
+            inner_keys = [] if inner is None else list(inner)
         except Exception as e:  # noqa: BLE001  # for example, OmegaConf raises for a value that is missing
             bad.add("value", path, e)
             continue
         if inner is None:
             yield path, value
-        elif inner:
-            yield from _pairs(f"{path}/", inner, bad, depth + 1, has_fields=has_fields)
+        elif inner_keys:
+            yield from _pairs(f"{path}/", inner_keys, inner, bad, depth + 1, has_fields=has_fields)
         elif has_fields:
             yield path, {}
 

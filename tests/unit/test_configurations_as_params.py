@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A configuration is logged field by field, whatever library made it. A field that cannot be read costs itself."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from tests.unit.readers_and_bad_backends import new_spool
+from tests.unit.test_writer_bad_values import count_of, payloads
+from trackhub.records import Metrics, Params, Summary
+from trackhub.writer.writer import Writer
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Writer:
+    return Writer(new_spool(tmp_path / "spool"))
+
+
+@dataclasses.dataclass
+class Config:
+    kind: ClassVar[str] = "the class's own, and no param"
+    lr: float = 0.1
+    seed: dataclasses.InitVar[int] = 3
+    steps: int = dataclasses.field(init=False)
+
+
+class OwnNamespace(argparse.Namespace):
+    """As jsonargparse's, and so all of Lightning's command line."""
+
+
+class RaisesForItsLength(dict[str, Any]):
+    def __len__(self) -> int:
+        raise RuntimeError("length")
+
+
+class RaisesForItsKeys(dict[str, Any]):
+    def __iter__(self) -> Iterator[str]:
+        raise RuntimeError("keys")
+
+
+class RaisesAfterItsFirstKey(Mapping[str, Any]):
+    def __iter__(self) -> Iterator[str]:
+        yield "first"
+        raise RuntimeError("second key")
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, key: str) -> float:
+        return 1.0
+
+
+def test_a_dataclass_with_a_field_that_is_not_set_keeps_its_others(writer: Writer) -> None:
+    config: Any = Config()
+    writer.log_params(config)
+    writer.log_params({"config": config, "other": 1})
+
+    assert payloads(writer) == [Params({"lr": 0.1}), Params({"config/lr": 0.1, "other": 1})]
+    assert count_of(writer).altered == {"invalid_value": 2}  # the field `steps`, each time
+
+
+def test_a_subclass_of_namespace_is_a_namespace_at_every_level(writer: Writer) -> None:
+    config: Any = OwnNamespace(lr=0.1, data=OwnNamespace(size=3))
+    writer.log_params(config)
+
+    assert payloads(writer) == [Params({"lr": 0.1, "data/size": 3})]
+
+
+def test_models_of_attrs_and_pydantic_are_logged_with_extra_fields(writer: Writer) -> None:
+    attrs, pydantic = pytest.importorskip("attrs"), pytest.importorskip("pydantic")
+    model = pydantic.create_model("Model", __config__=pydantic.ConfigDict(extra="allow"), width=(int, 64))
+    writer.log_params({"a": attrs.make_class("A", ["depth"])(3), "p": model(note="x")})
+
+    assert payloads(writer) == [Params({"a/depth": 3, "p/width": 64, "p/note": "x"})]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [RaisesForItsLength(first=1.0), RaisesForItsKeys(first=1.0), RaisesAfterItsFirstKey()],
+    ids=lambda odd: type(odd).__name__,
+)
+def test_a_mapping_that_cannot_be_read_costs_only_itself(writer: Writer, odd: Any) -> None:
+    for log in (writer.log, writer.log_params, writer.summarize):
+        log({"a": 1.0, "odd": odd, "z": 2.0})
+
+    for found, kind in zip(payloads(writer), (Metrics, Params, Summary), strict=True):
+        assert type(found) is kind
+        assert isinstance(found, Metrics | Params | Summary)
+        assert found.values.items() >= {"a": 1.0, "z": 2.0}.items()
+    assert not count_of(writer).dropped
