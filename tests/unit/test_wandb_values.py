@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image as Pillow
 
 from tests.unit.readers_and_bad_backends import new_spool, read_spool, spool_of
-from trackhub.records import Histogram, Image, Metrics, Table, Text
+from tests.unit.test_writer_bad_values import Evil, count_of, payloads
+from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Table, Tags, Text
+from trackhub.spool.reading import SpoolReader
 from trackhub.writer.adapters import WandBWriter
 from trackhub.writer.writer import Writer
 
@@ -59,6 +64,69 @@ def test_values_of_one_call_become_records_of_their_kinds(writer: Writer) -> Non
     texts = {p.key: p.text for p in found if isinstance(p, Text)}
     assert texts["note"] == "text"
     assert "<b>bold</b>" in texts["html"]
+
+
+def test_values_in_nested_mappings_become_records_too(writer: Writer) -> None:
+    values: Any = {"val": {"acc": 0.5, "note": "x", 7: wandb.Image(np.zeros((2, 2)))}, 5: "t"}
+    WandBWriter(writer=writer).log(values, 3)
+
+    found = logged(writer)
+    assert [p for p in found if isinstance(p, Metrics)] == [Metrics({"val/acc": 0.5})]
+    assert {p.key for p in found if isinstance(p, Image | Text)} == {"val/note", "val/7", "5"}
+
+
+def test_tables_charts_and_arrays_become_the_records_that_fit(writer: Writer) -> None:
+    frame = pd.DataFrame({"a": [1, 2]})
+    chart = wandb.plot.line(wandb.Table(data=[[0, 1.5]], columns=["x", "y"]), "x", "y")
+    picture = wandb.Table(columns=["i", "x"], data=[[1, wandb.Image(np.zeros((2, 2)))]])
+    values = {"frame": frame, "chart": chart, "picture": picture, "weights": np.ones((2, 3)), "two": [np.ones(2)] * 2}
+    WandBWriter(writer=writer).log(values, 3)
+
+    found = logged(writer)
+    assert {p.key: p.rows for p in found if isinstance(p, Table)} == {
+        "frame": [[1], [2]], "chart": [[0, 1.5]], "picture": [[1, "picture/0/x"]],
+    }  # fmt: skip
+    assert [p.key for p in found if isinstance(p, Image)] == ["picture/0/x"]
+    assert {p.key: sum(p.counts) for p in found if isinstance(p, Histogram)} == {"weights": 6, "two/0": 2, "two/1": 2}
+
+
+def test_one_value_that_raises_costs_itself_and_no_neighbour(tmp_path: Path) -> None:
+    writer = Writer(new_spool(tmp_path / "spool"))
+    WandBWriter(writer=writer).log({"loss": 1, "x": Evil(), "image": Pillow.new("L", (2, 2)), "t": "text"}, 3)
+
+    assert {type(found) for found in logged(writer)} == {Metrics, Image, Text}
+    counts = SpoolReader(spool_of(writer).folder, "server").counts().values()
+    assert [count.altered for count in counts if count.altered] == [{"invalid_value": 1}]
+
+
+@pytest.mark.parametrize("config", [{"lr": 0.1}, argparse.Namespace(lr=0.1), collections.UserDict(lr=0.1)])
+@pytest.mark.parametrize("tags", ["a", ["a"], {"a"}], ids=str)
+def test_a_run_begins_with_its_config_and_tags(tmp_path: Path, config: Any, tags: Any) -> None:
+    writer = Writer(new_spool(tmp_path / "spool"), strict=True)
+    run = WandBWriter(writer=writer, config=config, tags=tags)
+
+    assert payloads(writer) == [Params({"lr": 0.1}), Tags({"a": "true"})]
+    assert run.config.lr == 0.1
+
+
+def test_a_config_or_tags_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    writer = Writer(new_spool(tmp_path / "spool"))
+    WandBWriter(writer=writer, config=5, tags=[Evil()])
+
+    assert count_of(writer).dropped == {"invalid_call": 2}
+
+
+def test_each_file_of_a_folder_is_logged(tmp_path: Path) -> None:
+    (tmp_path / "data" / "inner").mkdir(parents=True)
+    for name in ("a.txt", "inner/b.txt"):
+        (tmp_path / "data" / name).write_text("x")
+    writer = Writer(new_spool(tmp_path / "spool"), strict=True)
+    WandBWriter(writer=writer).log_artifact(tmp_path / "data", type="dataset")
+    WandBWriter(writer=writer).log_model(tmp_path / "data", "m")
+
+    found = [(p.key, p.artifact_type) for p in payloads(writer) if isinstance(p, Artifact)]
+    names = ["data/a.txt", "data/inner/b.txt", "m/a.txt", "m/inner/b.txt"]
+    assert found == list(zip(names, ["dataset"] * 2 + ["model"] * 2, strict=True))
 
 
 def test_a_value_that_is_none_of_these_costs_itself(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
+from trackhub.writer.wandb_values import log_values
 from trackhub.writer.writer import Writer
 
 __all__ = ["TrackhubTracker"]
@@ -52,17 +53,14 @@ class TrackhubTracker(GeneralTracker):
         self.writer.log_params(values)
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Log scalars as one record, and each text among them as a text.
+        """Log scalars as one record, and each text, figure, image and the like among them as a record of its own.
 
         Args:
-            values: key to number or text.
+            values: as for ``WandBWriter.log``.
             step: the step.
             kwargs: arguments of other trackers, without effect.
         """
-        texts = {key: value for key, value in values.items() if isinstance(value, str)}
-        for key, value in texts.items():
-            self.writer.log_text(key, value, step)
-        self.writer.log({key: value for key, value in values.items() if key not in texts}, step)
+        log_values(self.writer, values, step)
 
     def log_images(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Log images.

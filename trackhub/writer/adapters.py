@@ -22,10 +22,10 @@ from typing import Any, Self
 from trackhub.errors import RecordError
 from trackhub.writer import convert_figures_and_tables
 from trackhub.writer.adapter_base import AdapterBase, first_given
-from trackhub.writer.plain_values import raised_by_signal_handler
+from trackhub.writer.plain_values import as_mapping, raised_by_signal_handler
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.summary_writer import SummaryWriter
-from trackhub.writer.wandb_values import calls_for
+from trackhub.writer.wandb_values import log_values
 
 __all__ = ["MLflowWriter", "SummaryWriter", "WandBWriter"]
 
@@ -67,7 +67,7 @@ class _Values(Mapping[str, Any]):
         """
         self.__dict__["_log"](values)
         try:
-            self.__dict__["_values"].update(values if isinstance(values, Mapping) else getattr(values, "__dict__", {}))
+            self.__dict__["_values"].update(as_mapping(values, has_fields=True) or {})
         except Exception as e:  # the log call has counted what cannot be read
             if raised_by_signal_handler(e):
                 raise
@@ -106,19 +106,25 @@ class WandBWriter(AdapterBase):
             ctx: not used; FLARE's context, or W&B's entity.
             args: not used; what ``wandb.init`` takes.
             kwargs: ``writer`` and ``strict`` as for all adapters. Of what ``wandb.init`` takes, ``config`` is logged as
-                hyperparameters and ``tags`` as tags.
+                hyperparameters and ``tags`` as tags. The config may be whatever ``Writer.log_params`` takes.
 
         Raises:
             ConfigError: ``strict`` is set and there is no tracking, or ``TRACKHUB_MODE`` has an unknown value.
+            RecordError: ``strict`` is set, and ``config`` or ``tags`` cannot be stored.
         """
         config, tags = kwargs.pop("config", None), kwargs.pop("tags", None)
         super().__init__(ctx, **kwargs)
         self.config = _Values(self.writer.log_params)
         self.summary = _Values(self.writer.summarize)
-        if isinstance(config, Mapping):
+        if config is not None:
             self.config.update(config)
-        if isinstance(tags, list | tuple):
-            self.writer.set_tags({str(tag): "true" for tag in tags})
+        if tags is not None:
+            self._log_converted(
+                "tags",
+                "tags",
+                lambda: dict.fromkeys([tags] if isinstance(tags, str) else tags, "true"),
+                self.writer.set_tags,
+            )
 
     def __copy__(self) -> Self:
         other = super().__copy__()
@@ -138,16 +144,14 @@ class WandBWriter(AdapterBase):
 
         Args:
             metrics: as for ``Writer.log``. W&B calls it ``data``. A value may also be a text, a figure, an image of
-                Pillow, or W&B's own ``Image``, ``Histogram``, ``Table`` or ``Html``.
+                Pillow, a DataFrame, or W&B's own ``Image``, ``Histogram``, ``Table``, ``Html`` or chart of
+                ``wandb.plot``, which becomes its table. An array becomes a histogram. The values of a list get keys
+                such as ``samples/0``, and so do the images in a table.
             step: the step.
             commit: without effect. Each call makes records of its own, even if several calls have the same step.
             kwargs: W&B's other names.
         """
-        values = first_given(metrics, kwargs, "data")
-        calls = calls_for(values) if self.writer._spool is not None else {}
-        for key, call in calls.items():
-            call(self.writer, key, step)
-        self.writer.log({key: value for key, value in values.items() if key not in calls} if calls else values, step)
+        log_values(self.writer, first_given(metrics, kwargs, "data"), step)
 
     def log_artifact(
         self,
@@ -157,10 +161,10 @@ class WandBWriter(AdapterBase):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Log a file, or the local files of a ``wandb.Artifact``.
+        """Log a file, each file in a folder, or the local files of a ``wandb.Artifact``.
 
         Args:
-            artifact_or_path: the file or the artifact.
+            artifact_or_path: the file, the folder or the artifact.
             name: its name in the run.
             type: what it is, such as ``model``.
             args, kwargs: W&B's further arguments (``aliases``, ``tags``), without effect.
@@ -170,14 +174,14 @@ class WandBWriter(AdapterBase):
         )
 
     def log_model(self, path: Any, name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Log a file as a model.
+        """Log a file, or each file in a folder, as a model.
 
         Args:
-            path: the file.
+            path: the file or the folder.
             name: its name in the run.
             args, kwargs: W&B's further arguments, without effect.
         """
-        self.writer.log_artifact(path, name, "model")
+        self.log_artifact(path, name, "model")
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
         """Close the writer, as ``close`` does."""
@@ -189,19 +193,22 @@ class WandBWriter(AdapterBase):
 
 
 def _local_files(artifact_or_path: Any, name: str | None, kind: str) -> list[tuple[Any, str | None, str]]:
-    """Return path, name in the run and type of a file, or of each local file of a ``wandb.Artifact``.
+    """Return path, name in the run and type of a file, or of each file in a folder or a ``wandb.Artifact``.
 
     Args:
-        artifact_or_path: the file or the artifact.
-        name: the name of a file.
+        artifact_or_path: the file, the folder or the artifact.
+        name: the name of a file or a folder.
         kind: the type of a file. An artifact has a name and a type of its own.
 
     Raises:
-        RecordError: the artifact has no local files.
+        RecordError: the artifact has no local files, or there is no file in the folder.
     """
     artifact = artifact_or_path
     if (manifest := getattr(artifact, "manifest", None)) is None:
-        return [(artifact_or_path, name, kind)]
+        if not os.path.isdir(artifact_or_path):
+            return [(artifact_or_path, name, kind)]
+        found = _files_below(Path(artifact_or_path), name or Path(artifact_or_path).resolve().name)
+        return [(path, f"{folder}/{path.name}", kind) for path, folder in found]
     name, kind = str(artifact.name).partition(":")[0], str(artifact.type)
     entries = manifest.entries.items()
     files: list[tuple[Any, str | None, str]] = [

@@ -47,6 +47,7 @@ __all__ = [
     "BadValues",
     "WrongCallError",
     "known_numbers",
+    "pairs_of",
     "read_histogram",
     "read_key",
     "read_metrics",
@@ -56,6 +57,7 @@ __all__ = [
     "read_table",
     "read_tags",
     "read_text",
+    "require_new",
 ]
 
 _KNOWN_KEYS_MAX = 10_000
@@ -143,11 +145,11 @@ def read_metrics(metrics: Any, known_keys: set[str], bad: BadValues) -> dict[str
         WrongCallError: it is not a mapping.
     """
     found: dict[str, float] = {}
-    for key, value in _leaves("log", metrics, bad):
+    for key, value in pairs_of("log", metrics, bad):
         try:
             plain = _read_cached_key(key, known_keys)
             number = value if type(value) is float else plain_number("metric", plain, value)
-            _require_new(plain, found)
+            require_new(plain, found)
         except Exception as e:  # noqa: BLE001  # a foreign value may raise anything
             bad.add("metric", key, e)
         else:
@@ -167,7 +169,7 @@ def read_params(params: Any, bad: BadValues) -> list[Params]:
     Raises:
         WrongCallError: ``params`` is neither a mapping nor such an object.
     """
-    leaves = _leaves("log_params", params, bad, has_fields=True)
+    leaves = pairs_of("log_params", params, bad, has_fields=True)
     return [Params(part) for part in _accepted("param", leaves, bad, plain_param)]
 
 
@@ -181,7 +183,7 @@ def read_summary(values: Any, bad: BadValues) -> list[Summary]:
     Raises:
         WrongCallError: ``values`` is neither a mapping nor such an object.
     """
-    leaves = _leaves("summarize", values, bad, has_fields=True)
+    leaves = pairs_of("summarize", values, bad, has_fields=True)
     return [Summary(part) for part in _accepted("final value", leaves, bad, plain_param)]
 
 
@@ -195,7 +197,7 @@ def read_tags(tags: Any, bad: BadValues) -> list[Tags]:
     Raises:
         WrongCallError: it is not a mapping.
     """
-    leaves = _leaves("set_tags", tags, bad, is_nested=False)
+    leaves = pairs_of("set_tags", tags, bad, is_nested=False)
     return [Tags(part) for part in _accepted("tag", leaves, bad, _plain_tag)]
 
 
@@ -218,7 +220,7 @@ def _accepted(
             kept = read(plain, value)
             if problem := value_problem(kept):
                 raise RecordError(f"{what} {plain!r}: {problem}")
-            _require_new(plain, found)
+            require_new(plain, found)
         except Exception as e:  # noqa: BLE001  # a foreign value may raise anything
             bad.add(what, key, e)
         else:
@@ -353,7 +355,7 @@ def _whole(step: Any) -> int:
         return int(number)
 
 
-def _leaves(
+def pairs_of(
     method: str, values: Any, bad: BadValues, *, is_nested: bool = True, has_fields: bool = False
 ) -> Iterator[tuple[Any, Any]]:
     """Yield the values of a mapping with their keys. The values of a nested mapping get keys such as ``a/b``.
@@ -398,7 +400,12 @@ def _pairs(
             yield path, {}
 
 
-def _require_new(key: str, found: Mapping[str, Any]) -> None:
+def require_new(key: str, found: Mapping[str, Any]) -> None:
+    """Check that a key is not there yet.
+
+    Raises:
+        RecordError: it is.
+    """
     if key in found:
         raise RecordError(
             f"key {shown(key)} comes twice in one call; only one value can be kept. Rename one of the keys"

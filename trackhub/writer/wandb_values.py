@@ -1,49 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the log call for each value of ``wandb.log`` that is not a number: figures, texts and W&B's own types.
+"""Logs what ``wandb.log`` takes: numbers as one record, and figures, texts and W&B's own types as one record each.
 
-`WandBWriter` calls it with the values that a script logs. It recognises W&B's types by their names, and does not import
-W&B.
+`WandBWriter` and the tracker for Accelerate call it. It calls `trackhub.Writer`. It recognises W&B's types by their
+names, and does not import W&B.
 """
 
 from __future__ import annotations
 
+import math
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trackhub.writer.convert_figures_and_tables import table_of
+from trackhub.writer.plain_values import raised_by_signal_handler
+from trackhub.writer.values import BadValues, pairs_of, require_new
 from trackhub.writer.writer import Writer
 
-__all__ = ["calls_for"]
+__all__ = ["log_values"]
 
 _Call = Callable[[Writer, str, Any], None]
 
 
-def calls_for(values: Any) -> dict[str, _Call]:
-    """Return key -> function that logs the value under a key and at a step. Leave out numbers. Never raises."""
+def log_values(writer: Writer, values: Any, step: Any = None) -> None:
+    """Log the values of a mapping, each as the kind of record that it is. Nested mappings get keys such as ``a/b``.
+
+    Args:
+        writer: the writer to log with.
+        values: the mapping.
+        step: the step.
+
+    Raises:
+        RecordError, SpoolError: only if the writer is strict, as for ``Writer.log``.
+    """
+    if writer._spool is None:
+        return
+    bad = BadValues(strict=writer._strict)
+    numbers: dict[str, Any] = {}
+    calls: dict[str, _Call] = {}
     try:
         if not isinstance(values, Mapping) or all(isinstance(value, int | float) for value in values.values()):
-            return {}
-        return {key: call for key, value in values.items() if (call := _call_for(value)) is not None}
-    except Exception:  # noqa: BLE001  # a foreign value may raise anything; `Writer.log` counts it
-        return {}
+            writer.log(values, step)
+            return
+        for key, value in pairs_of("log", values, bad):
+            _sort_out(key, value, numbers, calls, bad)
+    except Exception as e:  # noqa: BLE001  # a foreign mapping may raise anything
+        writer._refuse("log", e)
+        return
+    writer._note_left_out("log", bad, has_rest=bool(numbers or calls))
+    for key, call in calls.items():
+        call(writer, key, step)
+    writer.log(numbers, step)
+
+
+def _sort_out(key: str, value: Any, numbers: dict[str, Any], calls: dict[str, _Call], bad: BadValues) -> None:
+    """Put a value where it belongs. What is of no known kind goes to the numbers, where ``Writer.log`` counts it.
+
+    Args:
+        key: the key.
+        value: its value.
+        numbers: gets it if it may be a number.
+        calls: gets the call that logs it, if there is one.
+        bad: gets it if its key came before.
+    """
+    try:
+        require_new(key, ChainMap[str, Any](numbers, calls))
+    except Exception as e:  # noqa: BLE001  # `add` sorts out what may be counted
+        bad.add("value", key, e)
+        return
+    try:
+        call = _call_for(value)
+    except Exception as e:  # a foreign value may raise anything
+        if raised_by_signal_handler(e):
+            raise
+        call = None
+    if call is None:
+        numbers[key] = value
+    else:
+        calls[key] = call
 
 
 def _call_for(value: Any) -> _Call | None:
     """Return the function that logs this value. None if the value is a number, or of an unknown type."""
-    if isinstance(value, int | float):
+    if value is None or isinstance(value, int | float):
         return None
     if isinstance(value, str):
         return lambda writer, key, step: writer.log_text(key, value, step)
     if hasattr(value, "savefig") or (hasattr(value, "to_plotly_json") and hasattr(value, "to_html")):
         return lambda writer, key, step: writer.log_figure(key, value, step)
     if isinstance(value, list | tuple):
-        images = [_image(one) for one in value]
-        if images and all(images):
-            pixels, captions = zip(*(image for image in images if image), strict=True)
-            return lambda writer, key, step: writer.log_images(key, pixels, step, captions=captions)
-        return None
+        return _call_for_list(value)
     if (image := _image(value)) is not None:
         return lambda writer, key, step: writer.log_image(key, image[0], step, image[1])
-    if not type(value).__module__.startswith("wandb."):
+    if hasattr(value, "iter_rows") or hasattr(value, "itertuples"):  # a DataFrame of polars or pandas
+        return lambda writer, key, step: _log_table(writer, key, *table_of(value), step)
+    if hasattr(value, "dtype") and math.prod(getattr(value, "shape", ())) != 1:  # an array, as W&B does
+        return lambda writer, key, step: writer.log_histogram(key, value, step)
+    return _call_for_wandb(value)
+
+
+def _call_for_list(values: list[Any] | tuple[Any, ...]) -> _Call | None:
+    """Return the function that logs each value under a key such as ``<key>/0``. None for texts and for numbers."""
+    calls = [None if isinstance(one, str) else _call_for(one) for one in values]
+    known = [call for call in calls if call is not None]
+    if not known or len(known) < len(calls):
+        return None
+
+    def log_each(writer: Writer, key: str, step: Any) -> None:
+        for i, call in enumerate(known):
+            call(writer, f"{key}/{i}", step)
+
+    return log_each
+
+
+def _call_for_wandb(value: Any) -> _Call | None:
+    """Return the function that logs a value of one of W&B's own types. None if it is of none of them."""
+    if not _is_of_wandb(value):
         return None
     match type(value).__name__:
         case "Histogram":
@@ -51,17 +123,44 @@ def _call_for(value: Any) -> _Call | None:
                 key, step=step, edges=value.bins, counts=value.histogram
             )
         case "Table":
-            return lambda writer, key, step: writer.log_table(key, value.columns, value.data, step)
+            return lambda writer, key, step: _log_table(writer, key, value.columns, value.data, step)
+        case "CustomChart":  # of wandb.plot: the table that it draws
+            return lambda writer, key, step: _log_table(writer, key, value.table.columns, value.table.data, step)
         case "Html":
             return lambda writer, key, step: writer.log_text(key, value.html, step)
     return None
 
 
+def _log_table(writer: Writer, key: str, columns: Any, rows: Any, step: Any) -> None:
+    """Log a table. A cell with an image or the like gets a record of its own, and becomes the key of that record.
+
+    Args:
+        writer: the writer to log with.
+        key: the table's key.
+        columns: the names of the columns.
+        rows: the rows of cells.
+        step: the step.
+    """
+    plain = []
+    for i, row in enumerate(rows):
+        cells = list(row)
+        for j, cell in enumerate(cells):
+            if _is_of_wandb(cell) and (call := _call_for(cell)) is not None:
+                cells[j] = f"{key}/{i}/{columns[j]}"
+                call(writer, cells[j], step)
+        plain.append(cells)
+    writer.log_table(key, columns, plain, step)
+
+
 def _image(value: Any) -> tuple[Any, str] | None:
     """Return the pixels and the caption of an image of Pillow or W&B. None if the value is not an image."""
     kind = type(value)
-    if kind.__module__.startswith("PIL."):
+    if str(kind.__module__).startswith("PIL."):
         return value, ""
-    if kind.__module__.startswith("wandb.") and kind.__name__ == "Image":
+    if _is_of_wandb(value) and kind.__name__ == "Image":
         return value.image, value._caption or ""
     return None
+
+
+def _is_of_wandb(value: Any) -> bool:
+    return str(type(value).__module__).startswith("wandb.")
