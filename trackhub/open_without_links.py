@@ -117,11 +117,16 @@ def read_plain(path: Path) -> bytes:
     return data
 
 
-def find_way_out(folder: Path) -> str:
-    """Return why a program that writes below this folder could write outside it, or block. Empty if it cannot.
+def find_way_out(folder: Path, around: Path) -> str:
+    """Return why a program that writes below this folder could write to another place, or block. Empty if it cannot.
 
     One reason is a symbolic link that leads out of the folder. Another is a hard link: a file that also has a name
-    outside. A third is a FIFO or a device. The folder itself may be reached by a link.
+    elsewhere. A third is a FIFO or a device. The folder itself may be reached by a link.
+
+    Args:
+        folder: what is searched.
+        around: a folder in which files below ``folder`` may have other names, such as the run folder: W&B's backend
+            gives a logged file a second name in its own folder, so that the disk holds it once.
 
     Raises:
         OSError: a folder cannot be read.
@@ -143,9 +148,18 @@ def find_way_out(folder: Path) -> str:
                     file = (status.st_dev, status.st_ino)
                     names_left[file] = names_left.get(file, status.st_nlink) - 1
                     name_of[file] = entry.path
+    if any(names_left.values()):
+        for parent, folders, files in os.walk(around):
+            if Path(parent) == folder:  # its names are counted
+                folders.clear()
+                continue
+            for name in files:
+                status = os.lstat(os.path.join(parent, name))
+                if (file := (status.st_dev, status.st_ino)) in names_left:
+                    names_left[file] -= 1
     for file, names in names_left.items():
         if names:
-            return f"{name_of[file]} is a hard link: the same file also has a name outside of {folder}"
+            return f"{name_of[file]} is a hard link: the same file also has a name outside of {folder} and {around}"
     return ""
 
 

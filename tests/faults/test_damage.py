@@ -98,8 +98,10 @@ def test_a_damaged_file_beside_the_spool_costs_no_record(make_job: MakeJob, name
     (victim,) = job.spool().glob(f"*{name}")
     victim.write_bytes(b"\xff" * 5)
     assert job.trainer("b", calls=500).wait() == 0
+    successor = job.sender()
+    assert successor.ask("flush 30") is True  # the receiver waits for no site that it takes for dead
 
-    answer = job.end(job.sender(), receiver)
+    answer = job.end(successor, receiver)
 
     assert answer["report"]["balanced"]
     assert answer["report"]["sites"]["site-1"]["journaled"] == 1000

@@ -183,7 +183,9 @@ def test_a_cursor_that_is_lost_turns_no_delivered_record_into_a_lost_one(make_jo
     assert trainer.wait() == 0
 
     if way == "restart":
-        job.end(job.sender(), receiver)
+        successor = job.sender()
+        assert successor.ask("flush 60") is True  # the receiver waits for no site that it takes for dead
+        job.end(successor, receiver)
         job.check_all_delivered()
     else:
         job.end(receiver=receiver)

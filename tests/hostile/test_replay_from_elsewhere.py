@@ -235,6 +235,9 @@ def test_two_names_of_a_file_within_the_jobs_folder_hold_no_replay_up(tmp_path: 
     notes = path.with_name("notes")
     notes.write_text("mine")
     path.with_name("notes-again").hardlink_to(notes)
+    in_backend = path.parent.parent / "wandb" / "notes"
+    in_backend.parent.mkdir()
+    in_backend.hardlink_to(notes)
 
     assert replay_journal(path).lanes["jsonl"]["site-1"].confirmed == 3
 

@@ -142,7 +142,7 @@ def replay_spool(
     try:
         _check_own_folder(journal, operator)
         if operator is not None:
-            _refuse_ways_out(spool.absolute())
+            _refuse_ways_out(spool.absolute(), _run_dir(journal))
         acked = _left_after_rewind(spool, cursor, journal)
         if acked is None:
             with contextlib.suppress(SpoolError):  # the mark only says that no process logs to the spool
@@ -364,7 +364,7 @@ def _choose(
     if backends is None and used:
         _check_owner(journal, meta["job"], used)
     for name in given:
-        _refuse_ways_out(_run_dir(journal) / name)
+        _refuse_ways_out(_run_dir(journal) / name, _run_dir(journal))
     return {name: _permitted(name, used.get(name, {}), options, operator, journal) for name, options in given.items()}
 
 
@@ -394,11 +394,15 @@ def _check_own_folder(journal: Path, operator: OperatorFile | None) -> None:
     """
     if operator is not None:
         own = journal.absolute().parent
-        _refuse_ways_out(own.parent if _stands_in(journal) else own)
+        _refuse_ways_out(own.parent if _stands_in(journal) else own, _run_dir(journal))
 
 
-def _refuse_ways_out(folder: Path) -> None:
+def _refuse_ways_out(folder: Path, run_dir: Path) -> None:
     """Check a folder that trackhub or a backend will write to. The journal's maker may have made the folder.
+
+    Args:
+        folder: the folder.
+        run_dir: the job's folder. A file may have several names in there.
 
     Raises:
         ConfigError: something in it, such as a symbolic or a hard link, would redirect writes to another place.
@@ -406,7 +410,7 @@ def _refuse_ways_out(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         return  # the receiver makes the folder, and follows no link in its place
     try:
-        problem = find_way_out(folder)
+        problem = find_way_out(folder, run_dir)
     except OSError as e:
         problem = f"{folder} cannot be checked: {e}"
     if problem:
@@ -437,7 +441,7 @@ def _permitted(
         ) from e
     marks = registry.option_marks(registry.load(name))
     if any(OptionMark.PATH in marks[key] for key, value in used.items() if value and key not in rules.fixed):
-        _refuse_ways_out(_run_dir(journal))  # the backend may write anywhere in the run folder
+        _refuse_ways_out(_run_dir(journal), _run_dir(journal))  # the backend may write anywhere in the run folder
     return options
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from trackhub_wandb import WandBBackend
 
+import trackhub
 from backends.wandb.tests.conftest import Rig, entry, losses, png
 from tests.support.wandb_emulator import Emulator
+from trackhub.delivery.replay_journal_or_spool import replay_journal
 from trackhub.spi import Artifact, Image, Results, RunStatus, Table
 
 
@@ -94,3 +96,17 @@ def test_results_give_the_folder_and_a_command_that_uploads_it(rig: Rig, emulato
     assert {one.collection: one.state for one in emulator.state.artifacts if one.artifact_type == "model"} == {
         "model--site-1": "COMMITTED"
     }
+
+
+def test_a_replay_does_not_take_the_backends_own_names_of_a_file_for_a_way_out(tmp_path: Path) -> None:
+    """W&B's folder has a logged file under a second name, and a hard link may be somebody's trick."""
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"weights")
+    with trackhub.local({"wandb": {"mode": "offline"}}, folder=tmp_path / "runs", job="a", quiet=True) as writer:
+        writer.log_artifact(file)
+    (blob,) = (writer.folder / "trackhub" / "blobs" / "local").iterdir()
+    assert blob.stat().st_nlink > 1
+
+    report = replay_journal(writer.folder / "trackhub" / "trackhub.db")
+
+    assert report.lanes["wandb"]["local"].pending == 0
