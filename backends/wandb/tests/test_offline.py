@@ -71,7 +71,7 @@ def test_nothing_in_a_runs_folder_leads_out_of_it(rig: Rig, ended: bool) -> None
     if ended:
         run.finish(RunStatus.FINISHED)
 
-    assert find_way_out(rig.wandb_dir) == ""
+    assert find_way_out(rig.wandb_dir, rig.wandb_dir) == ""
     assert list(rig.wandb_dir.rglob("logs")) != []
     backend.close()
 

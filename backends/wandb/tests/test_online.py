@@ -132,7 +132,7 @@ def test_nothing_in_a_runs_folder_leads_out_of_it(online: Online, rig: Rig, ende
     if ended:
         run.finish(RunStatus.FINISHED)
 
-    assert find_way_out(rig.wandb_dir) == ""
+    assert find_way_out(rig.wandb_dir, rig.wandb_dir) == ""
 
 
 def test_new_value_of_a_nested_param_replaces_the_old_one_at_the_server(
