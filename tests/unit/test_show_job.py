@@ -124,6 +124,16 @@ def test_a_terminal_shows_whole_commands_that_open_a_running_job(tmp_path: Path)
     assert "finished" in shown.split("running")[-1]
 
 
+def test_a_show_that_breaks_says_so_and_the_job_runs_on(tmp_path: Path) -> None:
+    broken = "import trackhub.watch.show_until_end as s\ns.job_line = lambda state: 1 / 0\n"
+
+    done = elsewhere(broken + SCRIPT, tmp_path)
+
+    assert "after it: []" in done.stdout
+    assert "the job runs on, but is not shown any more" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
 @pytest.mark.parametrize("code", ["import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
 def test_ctrl_c_is_noted_also_where_what_runs_the_job_hides_it(tmp_path: Path, code: str) -> None:
     script = (

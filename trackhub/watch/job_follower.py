@@ -20,7 +20,7 @@ from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.journal.swap import is_journal_left
 from trackhub.delivery.report import RUNNING
 from trackhub.delivery.report_text import format_job
-from trackhub.errors import ConfigError, DeliveryError
+from trackhub.errors import ConfigError, DeliveryError, JournalError
 from trackhub.watch.job_state import JobState, ReceiverState, job_state
 
 __all__ = ["JobFollower"]
@@ -59,15 +59,14 @@ class JobFollower:
 
     def look(self) -> JobState:
         """Return what can be seen now. Never raises for a journal or a folder that cannot be read."""
-        self._find()
+        not_found = self._find()
         jobs, problem = self._read_all()
         ended = {job for job, receivers in jobs.items() if all(receiver.has_ended for receiver in receivers)}
         self._left_out = ended if self._left_out is None else self._left_out & ended
         for job in self._left_out:
             del jobs[job]
         if not jobs:
-            missing = "" if self._folder.exists() else ", and there is no such folder"
-            return JobState(problem=problem or f"no receiver has begun in {self._folder} yet{missing}")
+            return JobState(problem=problem or not_found or f"no receiver has begun in {self._folder} yet")
         shown, *others = sorted(
             jobs, key=lambda job: (job == self._running, job not in ended, _began(jobs[job])), reverse=True
         )
@@ -75,15 +74,20 @@ class JobFollower:
         names = [format_job(job, jobs[job][0].report.job_name) for job in others]
         return job_state(jobs[shown], others=names, problem=problem)
 
-    def _find(self) -> None:
-        """Look for journals from time to time, since receivers may begin later."""
+    def _find(self) -> str:
+        """Look for journals from time to time, since receivers may begin later. Return why none can be found."""
         if time.monotonic() < self._look_at and self._journals:
-            return
+            return ""
         self._look_at = time.monotonic() + _LOOK_EVERY_S
+        self._journals = []
         try:
             self._journals = find(self._folder).journals
-        except ConfigError:  # there is nothing yet
-            self._journals = []
+        except JournalError as error:
+            return str(error)
+        except ConfigError:
+            missing = "" if self._folder.exists() else ", and there is no such folder"
+            return f"no receiver has begun in {self._folder} yet{missing}"
+        return ""
 
     def _read_all(self) -> tuple[dict[str, list[ReceiverState]], str]:
         """Return the receivers of each job, by the job's id, and why a journal cannot be read."""
@@ -93,7 +97,7 @@ class JobFollower:
             try:
                 receiver = self._read(journal)
             except DeliveryError as error:
-                if is_journal_left(journal):  # otherwise, a new job has emptied the folder
+                if _is_left(journal):  # otherwise, a new job has emptied the folder
                     problem = str(error)
                 continue
             jobs.setdefault(receiver.report.job, []).append(receiver)
@@ -118,6 +122,13 @@ class JobFollower:
         receiver = ReceiverState(report, metrics, is_done and report.status != RUNNING)
         self._reads[journal] = _Read(receiver, changed_at_ns)
         return receiver
+
+
+def _is_left(journal: Path) -> bool:
+    try:
+        return is_journal_left(journal)
+    except JournalError:  # nobody knows
+        return True
 
 
 def _changed_at_ns(journal: Path) -> int:

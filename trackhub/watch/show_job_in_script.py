@@ -7,13 +7,14 @@ prints plain lines between those of FLARE.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,6 +28,7 @@ __all__ = ["Show", "show_job"]
 
 _END_S = 5.0
 _LAST_LINES = 8
+_log = logging.getLogger(__name__)
 _ERROR = re.compile(r"\b(ERROR|CRITICAL|[A-Z]\w*(Error|Exception))\b")
 
 
@@ -117,8 +119,11 @@ def _shown(folder: Path, file: TextIO, log: Path | None) -> Iterator[None]:
     stop = threading.Event()
 
     def show() -> None:
-        with suppress(OSError, ValueError):  # nobody reads the lines any more, as after `| head`
+        try:
             follow(folder, stop, file=file, log=log, new_job=True)
+        except Exception as error:  # noqa: BLE001  # the job must run on
+            if not isinstance(error, BrokenPipeError) and not file.closed:  # else nobody reads any more: `| head`
+                _log.warning("the job runs on, but is not shown any more", exc_info=True)
 
     shower = threading.Thread(target=show, name="trackhub-show", daemon=True)
     shower.start()

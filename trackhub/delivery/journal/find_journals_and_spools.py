@@ -16,7 +16,7 @@ from typing import NamedTuple
 from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.journal.swap import is_journal_left
 from trackhub.delivery.report import REPORT_NAME
-from trackhub.errors import ConfigError, SpoolError
+from trackhub.errors import ConfigError, JournalError, SpoolError
 from trackhub.process_lock import is_free
 from trackhub.spool.layout import TEMPORARY_SPOOL, read_spool_info
 
@@ -43,18 +43,26 @@ def find(path: Path) -> Found:
 
     Raises:
         ConfigError: there is no file or folder at this path, or it holds neither a journal nor a spool.
+        JournalError: a folder may not be read, and nothing was found in the others.
     """
-    if path.is_file() or (path.name == JOURNAL_NAME and is_journal_left(path)):
-        return Found([path], [])
-    if not path.is_dir():
-        raise ConfigError(f"there is no {path}; expected a job's folder, a {JOURNAL_NAME} or a spool folder")
+    unreadable: list[OSError] = []
+    try:
+        if path.is_file() or (path.name == JOURNAL_NAME and is_journal_left(path)):
+            return Found([path], [])
+        if not path.is_dir():
+            raise ConfigError(f"there is no {path}; expected a job's folder, a {JOURNAL_NAME} or a spool folder")
+    except OSError as e:
+        unreadable.append(e)
     journals, spools = [], []
-    for folder, _, names in os.walk(path):
+    for folder, _, names in os.walk(path, onerror=unreadable.append):
         if any(name.startswith(JOURNAL_NAME) for name in names) and is_journal_left(Path(folder, JOURNAL_NAME)):
             journals.append(Path(folder, JOURNAL_NAME))
         if _SPOOL_MARK in names:
             spools.append(Path(folder))
     if not journals and not spools:
+        for error in unreadable:
+            if isinstance(error, PermissionError):  # otherwise a job may have removed the folder just now
+                raise JournalError(f"cannot look for journals: {error}; look as the user who owns it") from error
         raise ConfigError(
             f"there is no journal ({JOURNAL_NAME}) and no spool ({_SPOOL_MARK}) at or under {path}. FLARE archives the "
             f"folder of a finished job: download the job first, and give the folder that it was downloaded to"
@@ -66,7 +74,7 @@ def find_all(paths: Iterable[Path]) -> Found:
     """Return what `find` finds at each of these paths, each journal and spool once, in the order of the paths.
 
     Raises:
-        ConfigError: as for `find`, of any path.
+        ConfigError, JournalError: as for `find`, of any path.
     """
     journals: dict[Path, Path] = {}
     spools: dict[Path, Path] = {}

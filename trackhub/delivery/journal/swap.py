@@ -65,14 +65,22 @@ def finish_swap(path: Path) -> None:
 
 
 def current_file(path: Path) -> Path:
-    """Return the file that holds a journal now: the repaired one, while a swap is not finished."""
+    """Return the file that holds a journal now: the repaired one, while a swap is not finished.
+
+    Raises:
+        JournalError: its folder cannot be read.
+    """
     repaired = _beside(path, ".repaired")
-    return repaired if repaired.exists() else path
+    return repaired if _exists(repaired) else path
 
 
 def is_journal_left(path: Path) -> bool:
-    """Return whether there is a journal here, or files of an interrupted repair."""
-    return any(_beside(path, suffix).exists() for suffix in ("", ".repaired", ".damaged"))
+    """Return whether there is a journal here, or files of an interrupted repair.
+
+    Raises:
+        JournalError: its folder cannot be read.
+    """
+    return any(_exists(_beside(path, suffix)) for suffix in ("", ".repaired", ".damaged"))
 
 
 def check_file_types(path: Path) -> None:
@@ -81,11 +89,18 @@ def check_file_types(path: Path) -> None:
     Call it before you open a journal whose folder others may have made. SQLite would wait for ever for a FIFO.
 
     Raises:
-        JournalError: one of them is not an ordinary file.
+        JournalError: one of them is not an ordinary file, or their folder cannot be read.
     """
     for file in (path, *(_beside(path, suffix) for suffix in ("-wal", "-shm", "-journal"))):
-        if file.exists() and not file.is_file():
+        if _exists(file) and not file.is_file():
             raise JournalError(f"cannot read the journal {path}: {file} is not an ordinary file; remove it")
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError as e:
+        raise JournalError(f"cannot read the journal {file}: {e}; look at it as the user who owns it") from e
 
 
 def _keep(source: Path, target: Path) -> None:
