@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import collections
+import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.unit.readers_and_bad_backends import new_spool
-from tests.unit.test_writer_bad_values import Optim, count_of, payloads
-from trackhub.records import Metrics, Params
+from tests.unit.test_writer_bad_values import Evil, Optim, count_of, payloads
+from trackhub.records import Metrics, Params, Text
 from trackhub.writer.writer import Writer
 
 pytestmark = pytest.mark.long
@@ -83,3 +85,64 @@ def test_a_prefix_comes_before_the_metrics_of_lightning(lightning: Any, writer: 
     type(lightning)(writer, prefix="fold-1").log_metrics({"loss": 0.5}, 1)
 
     assert payloads(writer) == [Metrics({"fold-1/loss": 0.5})]
+
+
+def test_accelerate_logs_texts_in_nested_values_and_counts_what_is_no_mapping(writer: Writer) -> None:
+    pytest.importorskip("accelerate", reason="not installed here: make trainers")
+    from trackhub.integrations.accelerate import TrackhubTracker
+
+    tracker: Any = TrackhubTracker(writer)
+    tracker.log({"val": {"acc": 0.5, "note": "x"}}, 1)
+    for call in (tracker.log, tracker.log_images, tracker.store_init_configuration):
+        call(5)
+
+    assert payloads(writer) == [Text("val/note", "x"), Metrics({"val/acc": 0.5})]
+    assert count_of(writer).dropped == {"invalid_call": 3}
+
+
+def test_hugging_faces_callback_takes_names_of_any_type(writer: Writer) -> None:
+    pytest.importorskip("transformers", reason="not installed here: make trainers")
+    from trackhub.integrations.transformers import TrackhubCallback
+
+    state = types.SimpleNamespace(is_world_process_zero=True, global_step=1)
+    callback = TrackhubCallback(writer)
+    callback.on_log(None, state, None, logs={1: 0.5, "eval_loss": 0.25, "lr": 0.125})
+    callback.on_log(None, state, None, logs=5)
+
+    assert payloads(writer)[0] == Metrics({"train/1": 0.5, "train/lr": 0.125, "eval/loss": 0.25})
+    assert count_of(writer).dropped == {"invalid_call": 1}
+
+
+def test_an_optimizer_without_a_configuration_does_not_end_keras(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras", reason="not installed here: make trainers")
+    from trackhub.integrations.keras import TrackhubCallback
+
+    sgd: Any = keras.optimizers.SGD
+
+    class Own(sgd):  # type: ignore[misc]  # not installed beside mypy
+        def get_config(self) -> Any:
+            raise NotImplementedError
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile(optimizer=Own(0.1), loss="mse")
+    model.fit(np.ones((8, 3)), np.zeros(8), epochs=1, verbose=0, callbacks=[TrackhubCallback(writer)])
+
+    found = payloads(writer)
+    assert isinstance(found[0], Params)
+    assert found[0].values["optimizer/name"] == "Own"
+    assert isinstance(found[-1], Metrics)
+    assert count_of(writer).dropped == {"invalid_call": 1}
+
+
+def test_a_model_that_raises_ends_no_training_of_xgboost(writer: Writer) -> None:
+    pytest.importorskip("xgboost", reason="not installed here: make trainers")
+    from trackhub.integrations.xgboost import TrackhubCallback
+
+    callback, model = TrackhubCallback(writer), Evil()
+    assert callback.before_training(model) is model
+    assert callback.after_iteration(model, 0, Evil()) is False
+    assert callback.after_training(model) is model
+    assert count_of(writer).dropped == {"invalid_call": 3}

@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker
 
+from trackhub.writer.count_wrong_calls import counts_wrong_calls
 from trackhub.writer.wandb_values import log_values
 from trackhub.writer.writer import Writer
 
@@ -48,10 +49,12 @@ class TrackhubTracker(GeneralTracker):
         """The writer, as ``Accelerator.get_tracker("trackhub", unwrap=True)`` returns it."""
         return self.writer
 
+    @counts_wrong_calls
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
         """Log the configuration as params."""
         self.writer.log_params(values)
 
+    @counts_wrong_calls
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Log scalars as one record, and each text, figure, image and the like among them as a record of its own.
 
@@ -62,6 +65,7 @@ class TrackhubTracker(GeneralTracker):
         """
         log_values(self.writer, values, step)
 
+    @counts_wrong_calls
     def log_images(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Log images.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from keras.callbacks import Callback
 
+from trackhub.writer.count_wrong_calls import counts_wrong_calls
 from trackhub.writer.writer import Writer
 
 __all__ = ["TrackhubCallback"]
@@ -52,20 +53,25 @@ class TrackhubCallback(Callback):
         self._first_step = first_step
         self._batch = 0
 
+    @counts_wrong_calls
     def on_train_begin(self, logs: Any = None) -> None:
         """Log how the training is set up. Keras calls it."""
-        params: dict[str, Any] = {**(self.params or {}), "optimizer": None}
-        if (optimizer := getattr(self.model, "optimizer", None)) is not None:
-            # Keras calls the second optimizer of a process "sgd_1", and so on: the param would change in each round.
-            params["optimizer"] = {**optimizer.get_config(), "name": type(optimizer).__name__}
-        self.writer.log_params(params)
+        optimizer = getattr(self.model, "optimizer", None)
+        # Keras calls the second optimizer of a process "sgd_1", and so on: the param would change in each round.
+        name = None if optimizer is None else {"name": type(optimizer).__name__}
+        self.writer.log_params({**(self.params or {}), "optimizer": name})
+        if optimizer is not None:
+            config = optimizer.get_config()  # raises for an own optimizer without this method
+            self.writer.log_params({"optimizer": {key: config[key] for key in config if key != "name"}})
 
+    @counts_wrong_calls
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Log a batch if ``batches`` says so. Keras calls it after each batch."""
         if self._batches and self._batch % self._batches == 0:
             self.writer.log({"batch": dict(logs or {})}, self._batch)
         self._batch += 1
 
+    @counts_wrong_calls
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Log an epoch. Keras calls it."""
         step = self._first_step + epoch

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trackhub.writer.count_wrong_calls import counts_wrong_calls
 from trackhub.writer.writer import Writer
 
 __all__ = ["TrackhubCallback"]
@@ -41,6 +42,7 @@ class TrackhubCallback:
         self.writer = Writer(strict=strict) if writer is None else writer
         self._first_step = first_step
 
+    @counts_wrong_calls
     def __call__(self, env: Any) -> None:
         """Log one round. LightGBM calls it."""
         if env.iteration == env.begin_iteration:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trackhub.writer.count_wrong_calls import counts_wrong_calls
 from trackhub.writer.writer import Writer
 
 # Lightning exists as two packages, and a Trainer of one does not accept loggers of the other.
@@ -75,11 +76,13 @@ class TrackhubLogger(Logger):
         """The writer, for images, texts and whatever else Lightning has no method for."""
         return self.writer
 
+    @counts_wrong_calls
     @rank_zero_only  # type: ignore[untyped-decorator]
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log scalars as one record. Lightning calls it."""
         self.writer.log({self._prefix: metrics} if self._prefix else metrics, step)
 
+    @counts_wrong_calls
     @rank_zero_only  # type: ignore[untyped-decorator]
     def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
         """Log hyperparameters. Lightning calls it with those of the module and of the data module.
@@ -97,6 +100,7 @@ class TrackhubLogger(Logger):
         """Remember which callback saves checkpoints. Lightning calls it."""
         self._checkpoint = checkpoint_callback
 
+    @counts_wrong_calls
     @rank_zero_only  # type: ignore[untyped-decorator]
     def finalize(self, status: str) -> None:
         """Log the best checkpoint, if that was asked for. Lightning calls it at the end of each fit."""

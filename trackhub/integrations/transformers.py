@@ -17,6 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
+from trackhub.writer.count_wrong_calls import counts_wrong_calls
 from trackhub.writer.writer import Writer
 
 __all__ = ["TrackhubCallback"]
@@ -43,6 +44,7 @@ class TrackhubCallback(TrainerCallback):
         """
         self.writer = Writer(strict=strict) if writer is None else writer
 
+    @counts_wrong_calls
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Log the training arguments and the model's configuration as params. ``Trainer`` calls it.
 
@@ -55,6 +57,7 @@ class TrackhubCallback(TrainerCallback):
             about = {"model": config.to_dict()} if hasattr(config, "to_dict") else {}
             self.writer.log_params({"args": args.to_dict(), **about})
 
+    @counts_wrong_calls
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Log the numbers of one call of ``Trainer.log``. ``Trainer`` calls it.
 
@@ -63,8 +66,13 @@ class TrackhubCallback(TrainerCallback):
             logs: the numbers by name.
         """
         if state.is_world_process_zero:
-            self.writer.log({_key(name): value for name, value in (logs or {}).items()}, state.global_step)
+            found: dict[str, dict[Any, Any]] = {}
+            for name, value in (logs or {}).items():
+                split, inner = _split_of(name)
+                found.setdefault(split, {})[inner] = value
+            self.writer.log(found, state.global_step)
 
+    @counts_wrong_calls
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the best metric as a final value, where the trainer knows one. ``Trainer`` calls it.
 
@@ -75,11 +83,12 @@ class TrackhubCallback(TrainerCallback):
             self.writer.summarize({"best_metric": state.best_metric, "best_step": state.best_global_step})
 
 
-def _key(name: str) -> str:
+def _split_of(name: Any) -> tuple[str, Any]:
+    """Return the split that a number is about, and its name without that."""
     for split in _SPLITS:
-        if name.startswith(f"{split}_"):
-            return f"{split}/{name.removeprefix(f'{split}_')}"
-    return f"train/{name}"
+        if isinstance(name, str) and name.startswith(f"{split}_"):
+            return split, name.removeprefix(f"{split}_")
+    return "train", name
 
 
 integration_utils.INTEGRATION_TO_CALLBACK["trackhub"] = TrackhubCallback  # what report_to="trackhub" looks up

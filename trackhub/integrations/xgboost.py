@@ -13,6 +13,7 @@ from typing import Any
 
 from xgboost.callback import TrainingCallback
 
+from trackhub.writer.count_wrong_calls import counts_wrong_calls
 from trackhub.writer.writer import Writer
 
 __all__ = ["TrackhubCallback"]
@@ -45,9 +46,7 @@ class TrackhubCallback(TrainingCallback):
 
     def before_training(self, model: Any) -> Any:
         """Log the model's configuration as params. XGBoost calls it."""
-        if hasattr(model, "save_config"):  # the model of ``cv`` has none
-            learner = json.loads(model.save_config())["learner"]
-            self.writer.log_params({"booster": learner["gradient_booster"]["name"], **_leaves(learner)})
+        self._log_config(model)
         return model
 
     def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
@@ -58,6 +57,22 @@ class TrackhubCallback(TrainingCallback):
             epoch: the number of the round.
             evals_log: all scores so far, by data set and metric.
         """
+        self._log_scores(epoch, evals_log)
+        return False
+
+    def after_training(self, model: Any) -> Any:
+        """Set the best round and score as final values, where there are any. XGBoost calls it."""
+        self._log_best(model)
+        return model
+
+    @counts_wrong_calls
+    def _log_config(self, model: Any) -> None:
+        if hasattr(model, "save_config"):  # the model of ``cv`` has none
+            learner = json.loads(model.save_config())["learner"]
+            self.writer.log_params({"booster": learner["gradient_booster"]["name"], **_leaves(learner)})
+
+    @counts_wrong_calls
+    def _log_scores(self, epoch: int, evals_log: Any) -> None:
         found: dict[str, Any] = {}
         for data, metrics in evals_log.items():
             for name, scores in metrics.items():
@@ -68,14 +83,12 @@ class TrackhubCallback(TrainingCallback):
                 else:
                     found[key] = score
         self.writer.log(found, self._first_step + epoch)
-        return False
 
-    def after_training(self, model: Any) -> Any:
-        """Set the best round and score as final values, where there are any. XGBoost calls it."""
+    @counts_wrong_calls
+    def _log_best(self, model: Any) -> None:
         attributes = model.attributes() if hasattr(model, "attributes") else {}
         best = {name: float(attributes[name]) for name in ("best_iteration", "best_score") if name in attributes}
         self.writer.summarize(best)
-        return model
 
 
 def _leaves(learner: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any, Self
 from trackhub.errors import RecordError
 from trackhub.writer import convert_figures_and_tables
 from trackhub.writer.adapter_base import AdapterBase, first_given
+from trackhub.writer.count_wrong_calls import with_counted_calls
 from trackhub.writer.plain_values import as_mapping, raised_by_signal_handler
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.summary_writer import SummaryWriter
@@ -83,6 +84,7 @@ class _Values(Mapping[str, Any]):
         self.update(new)
 
 
+@with_counted_calls
 class WandBWriter(AdapterBase):
     """Has the methods of a W&B run, with the arguments of FLARE's writer and of W&B's. No method raises, unless strict.
 
@@ -138,6 +140,7 @@ class WandBWriter(AdapterBase):
         metrics: Mapping[str, Any] | None = None,
         step: int | None = None,
         commit: bool | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> None:
         """Log scalars as one record, and figures, texts, images, histograms and tables as one record each.
@@ -149,6 +152,7 @@ class WandBWriter(AdapterBase):
                 such as ``samples/0``, and so do the images in a table.
             step: the step.
             commit: without effect. Each call makes records of its own, even if several calls have the same step.
+            args: without effect.
             kwargs: W&B's other names.
         """
         log_values(self.writer, first_given(metrics, kwargs, "data"), step)
@@ -219,6 +223,7 @@ def _local_files(artifact_or_path: Any, name: str | None, kind: str) -> list[tup
     return files
 
 
+@with_counted_calls
 class MLflowWriter(AdapterBase):
     """Has the methods of MLflow's fluent API, with the arguments of FLARE's writer and of MLflow's.
 
@@ -255,7 +260,9 @@ class MLflowWriter(AdapterBase):
         """
         self.writer.log_params(first_given(values, kwargs, "params"))
 
-    def log_metric(self, key: str, value: Any, step: int | None = None, *args: Any, **kwargs: Any) -> None:
+    def log_metric(
+        self, key: str | None = None, value: Any = None, step: int | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         """Log one scalar.
 
         Args:

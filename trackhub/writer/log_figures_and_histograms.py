@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from trackhub.errors import RecordError
 from trackhub.records import MAX_CAPTION_CHARS
 from trackhub.writer.convert_figures_and_tables import figure_png
+from trackhub.writer.count_wrong_calls import with_counted_calls
 from trackhub.writer.plain_values import key_text, shown
 from trackhub.writer.values import BadValues
 
@@ -31,6 +32,7 @@ _DRAWING_S = 10.0
 _can_draw_plotly: bool | None = None  # None until the first figure. A failure takes seconds, so it is tried once.
 
 
+@with_counted_calls
 class FigureAndModelCalls:
     """The methods of `Writer` that make several calls of its other methods."""
 

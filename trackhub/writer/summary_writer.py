@@ -11,11 +11,13 @@ from typing import Any
 
 from trackhub.writer import convert_figures_and_tables
 from trackhub.writer.adapter_base import AdapterBase, first_given
+from trackhub.writer.count_wrong_calls import with_counted_calls
 from trackhub.writer.writer import Writer
 
 __all__ = ["SummaryWriter"]
 
 
+@with_counted_calls
 class SummaryWriter(AdapterBase):
     """Has the methods of TensorBoard's ``SummaryWriter``, with the arguments of FLARE's and of torch's.
 
@@ -54,7 +56,7 @@ class SummaryWriter(AdapterBase):
         return ""
 
     def add_scalar(
-        self, tag: str, scalar: Any = None, global_step: int | None = None, *args: Any, **kwargs: Any
+        self, tag: str | None = None, scalar: Any = None, global_step: int | None = None, *args: Any, **kwargs: Any
     ) -> None:
         """Log a scalar.
 
@@ -188,15 +190,16 @@ class SummaryWriter(AdapterBase):
             close: close the figures afterwards.
             args, kwargs: as for ``add_scalar``.
         """
-        figures = [(tag, figure)]
-        if isinstance(figure, list | tuple):
-            figures = [(f"{tag}/{i}", one) for i, one in enumerate(figure)]
-        for key, one in figures:
+        figures = figure if isinstance(figure, list | tuple) else [figure]
+        for i, one in enumerate(figures):
             self._log_converted(
                 "add_figure",
-                key,
-                lambda one=one: convert_figures_and_tables.figure_png(one, close=close),  # type: ignore[misc]
-                lambda png, key=key: self.writer.log_image(key, png, global_step),  # type: ignore[misc]
+                tag,
+                lambda i=i, one=one: (  # type: ignore[misc]
+                    tag if figures is not figure else f"{tag}/{i}",
+                    convert_figures_and_tables.figure_png(one, close=close),
+                ),
+                lambda found: self.writer.log_image(*found, global_step),
             )
 
     def add_histogram(

@@ -21,6 +21,7 @@ from typing import Any, ParamSpec, Self
 from trackhub.errors import RecordError, SpoolError
 from trackhub.records import MAX_STEP, Metrics, Payload
 from trackhub.spool.writing import NewBlob, SpoolWriter
+from trackhub.writer.count_wrong_calls import implemented_by, with_counted_calls
 from trackhub.writer.images import read_image
 from trackhub.writer.log_figures_and_histograms import FigureAndModelCalls
 from trackhub.writer.plain_values import raised_by_signal_handler, shown, shown_error
@@ -51,6 +52,7 @@ _Arguments = ParamSpec("_Arguments")
 _log = logging.getLogger(__name__)
 
 
+@with_counted_calls
 class Writer(FigureAndModelCalls):
     """Logs metrics, params, images and more from a training script, whatever the backend.
 
@@ -111,27 +113,15 @@ class Writer(FigureAndModelCalls):
         other._spool, other._known_keys = copy.copy(self._spool), set(self._known_keys)
         return other
 
-    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log scalars as one record: they belong together and are delivered together.
-
-        Args:
-            metrics: key to number: a bool, int or float, or an object with one element that ``float()`` takes, such as
-                a value of numpy or torch, or a ``decimal.Decimal``. Strings are not accepted. Numbers are stored as
-                float64; NaN and infinities are kept. The values of a nested dict get keys such as ``train/loss``. A key
-                has 1 to 1,000 characters and no control characters. One call has at most 10,000 metrics. An empty
-                mapping logs nothing.
-            step: a whole number >= 0. Without one, a backend that needs a step gets 0, 1, 2, ... for the values of each
-                key.
-
-        Raises:
-            RecordError: only if strict: a key, a value or the step is not as described; the message names it.
-            SpoolError: only if strict: the writer is closed.
-        """
+    def _log(self, metrics: Any = None, step: Any = None, *more: Any, **unknown: Any) -> None:
+        """Do the work of ``log``, with whatever arguments."""
         spool = self._spool
         if spool is None:
             return
         now = time.time()
         try:
+            if more or unknown:
+                raise WrongCallError(f"log: expected metrics and a step, got {shown(unknown or more)} as well")
             if step is not None and not (type(step) is int and 0 <= step <= MAX_STEP):
                 step = read_step(step)
             known_keys = self._known_keys
@@ -149,6 +139,24 @@ class Writer(FigureAndModelCalls):
                 spool.append(Metrics(values), step, now)
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
             self._refuse("log", e, *_keys_of(metrics))
+
+    @implemented_by(_log)
+    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log scalars as one record: they belong together and are delivered together.
+
+        Args:
+            metrics: key to number: a bool, int or float, or an object with one element that ``float()`` takes, such as
+                a value of numpy or torch, or a ``decimal.Decimal``. Strings are not accepted. Numbers are stored as
+                float64; NaN and infinities are kept. The values of a nested dict get keys such as ``train/loss``. A key
+                has 1 to 1,000 characters and no control characters. One call has at most 10,000 metrics. An empty
+                mapping logs nothing.
+            step: a whole number >= 0. Without one, a backend that needs a step gets 0, 1, 2, ... for the values of each
+                key.
+
+        Raises:
+            RecordError: only if strict: a key, a value or the step is not as described; the message names it.
+            SpoolError: only if strict: the writer is closed.
+        """
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log hyperparameters.
@@ -327,7 +335,7 @@ class Writer(FigureAndModelCalls):
             detail: what could not be converted and why, for the log.
         """
         if self._spool is not None:
-            self._spool.drop("unconvertible", detail)
+            self._spool.drop("unconvertible", detail if isinstance(detail, str) else shown(detail))
 
     def __enter__(self) -> Self:
         return self
