@@ -56,6 +56,15 @@ def test_lightning_logs_hyperparameters_of_any_kind(lightning: Any, writer: Writ
     assert payloads(writer) == [Params({"lr": 0.1}), Params({"seed": 3})]
 
 
+def test_an_omegaconf_with_a_missing_value_keeps_the_others(lightning: Any, writer: Writer) -> None:
+    omegaconf = pytest.importorskip("omegaconf", reason="not installed here: make trainers")
+    config = omegaconf.OmegaConf.create({"lr": 0.1, "data": {"path": "???", "size": 3, "l": [1, 2]}})
+    writer.log_params(config)
+    lightning.log_hyperparams(config)
+    assert payloads(writer) == [Params({"lr": 0.1, "data/size": 3, "data/l": [1, 2]})] * 2
+    assert count_of(writer).altered == {"invalid_value": 2}
+
+
 def test_a_lightning_module_logs_its_own_hyperparameters(lightning: Any, writer: Writer) -> None:
     from lightning.pytorch.core.mixins import HyperparametersMixin
 

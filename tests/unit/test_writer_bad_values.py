@@ -234,13 +234,6 @@ def test_configurations_of_several_libraries_are_flattened(writer: Writer) -> No
     assert payloads(writer) == [Params({"a/depth": 3, "b/width": 64, "c/x": 1, "c/y": 2})]
 
 
-def test_an_omegaconf_with_a_missing_value_keeps_the_others(writer: Writer) -> None:
-    omegaconf = pytest.importorskip("omegaconf")
-    writer.log_params(omegaconf.OmegaConf.create({"lr": 0.1, "data": {"path": "???", "size": 3, "l": [1, 2]}}))
-    assert payloads(writer) == [Params({"lr": 0.1, "data/size": 3, "data/l": [1, 2]})]
-    assert count_of(writer).altered == {"invalid_value": 1}
-
-
 def test_one_bad_param_or_tag_of_several_costs_itself(writer: Writer) -> None:
     writer.log_params({"good": 1, "bad": Evil(), "surrogate": "\ud800"})
     writer.set_tags({"good": 1, "bad": Evil(), "a\nb": 1})
