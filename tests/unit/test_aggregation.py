@@ -473,3 +473,15 @@ def test_a_site_with_many_keys_leaves_room_for_the_others() -> None:
     assert len(keys) == 1001
     assert "mine" in keys
     assert all(len(output.values) <= 1000 for output in found)
+
+
+def test_a_weight_that_no_site_logs_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise a mistyped key looks as if there were no weighted means."""
+    aggregation = Aggregation(["val/loss"], "train/sampels")
+    for round_ in range(2):
+        sampled(aggregation, round_)
+        for site in SITES:
+            aggregation.add(site, [record({"val/loss": 1.0, "train/samples": 5.0}, round_, round_)])
+        ended(aggregation, round_)
+
+    assert caplog.text.count("no site logged its weight 'train/sampels'") == 1

@@ -260,6 +260,7 @@ class Aggregation:
         self._late_told = 0
         self.last_time = 0.0
         self._has_warned = False
+        self._has_told_weight = False
 
     def digest(self) -> RowDigest:
         """Return an empty digest. Fill it with a row's records, then call ``add_digest``. Any thread may call this."""
@@ -467,6 +468,11 @@ class Aggregation:
             by_site = current.values.pop(key)
             self._release(by_site)
             self._rounds_with[key].discard(number)
+            if self._keys.weight is not None and not current.weights and not self._has_told_weight:
+                self._has_told_weight = True
+                _log.warning("round %d: no site logged its weight %r, so there is no weighted mean. Log it at each "
+                             "site in each round, or name another metric as aggregate_weight",
+                             number, self._keys.weight)  # fmt: skip
             statistics = describe(list(by_site.values()), [current.weights.get(site) for site in by_site])
             numbers |= {f"{key}/{name}": value for name, value in statistics.items()}
         items = list(numbers.items())
