@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.unit.readers_and_bad_backends import new_spool, spool_of
 from tests.unit.test_writer_bad_values import Evil, payloads
 from trackhub.errors import RecordError
-from trackhub.records import Image, Metrics
+from trackhub.records import Image, Metrics, Params, Summary, Text
 from trackhub.spool.reading import SpoolReader
 from trackhub.writer import MLflowWriter, SummaryWriter, WandBWriter
 from trackhub.writer.writer import Writer
@@ -97,3 +101,50 @@ def test_what_cannot_be_converted_is_counted_whatever_its_detail_is(writer: Writ
     writer.count_unconvertible(anything)
 
     assert dropped(writer) == {"unconvertible": 1}
+
+
+class EvilMapping(dict[str, Any]):
+    def __iter__(self) -> Iterator[str]:
+        raise RuntimeError("keys")
+
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.builds(Evil), st.builds(object),
+    st.builds(EvilMapping, st.just({"a": 1})),
+    st.sampled_from([np.int64(3), np.ones(2), np.zeros((0,)), np.ma.masked, 1j, int]),
+)  # fmt: skip
+KEYS = st.one_of(st.text(), st.integers(), st.none(), st.sampled_from([np.int64(3), ("a", 1)]))
+ANYTHING = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+@settings(
+    max_examples=int(os.environ.get("TRACKHUB_TEST_EXAMPLES", "30")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(value=ANYTHING, step=LEAVES, key=KEYS)
+def test_no_adapter_raises_and_good_neighbours_of_any_value_are_stored(
+    tmp_path: Path, value: Any, step: Any, key: Any
+) -> None:
+    writer = Writer(new_spool(tmp_path / os.urandom(6).hex()))
+    wandb: Any = WandBWriter(writer=writer, config={"good": 1, "x": value}, tags=value)
+    mlflow: Any = MLflowWriter(writer=writer)
+    summary: Any = SummaryWriter(writer=writer)
+    wandb.log({"good": 1.0, "note": "text", "x": value})
+    calls = [(wandb, name) for name in ("log", "log_artifact", "log_model")]
+    calls += [(mlflow, name) for name in methods_of(MLflowWriter)]
+    calls += [(summary, name) for name in methods_of(SummaryWriter)]
+    for owner, name in calls:
+        getattr(owner, name)(key, value, step)
+    wandb.config.update(value)
+    wandb.summary.update({"good": 2.0, "x": value})
+
+    found = payloads(writer)
+    assert any(isinstance(p, Metrics) and p.values.get("good") == 1.0 for p in found)
+    assert any(isinstance(p, Text) and p == Text("note", "text") for p in found)
+    assert any(isinstance(p, Params) and p.values.get("good") == 1 for p in found)
+    assert any(isinstance(p, Summary) and p.values.get("good") == 2.0 for p in found)
