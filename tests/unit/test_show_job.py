@@ -116,6 +116,26 @@ def test_elsewhere_plain_lines_say_what_the_job_does(tmp_path: Path) -> None:
     assert lines[-1] == "job: finished; loss: local 0.5; jsonl: 1 confirmed, 0 pending\n"
 
 
+SLOW_LOOK = """
+import threading
+import trackhub.watch.show_job_in_script as shows
+begun = threading.Event()
+class SlowFollower(shows.JobFollower):
+    def __init__(self, *args, **options):
+        begun.wait(1)
+        super().__init__(*args, **options)
+shows.JobFollower = SlowFollower
+"""
+
+
+def test_a_job_that_begins_at_once_is_not_taken_for_one_that_was_there(tmp_path: Path) -> None:
+    job = JOB.replace("sys.stdin.readline()", "begun.set()").replace("sys.argv[2]", "0.5")
+
+    done = elsewhere(SLOW_LOOK + job, tmp_path)
+
+    assert "job: finished; loss: local 0.5; jsonl: 1 confirmed, 0 pending\n" in done.stdout
+
+
 def test_a_terminal_shows_whole_commands_that_open_a_running_job(tmp_path: Path) -> None:
     shown = on_terminal(JOB.replace("sys.argv[2]", "0.5"), tmp_path, go_on_after="look at it in jsonl")
 

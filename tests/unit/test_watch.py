@@ -220,6 +220,6 @@ def test_a_show_can_be_stopped_while_the_job_runs(tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
     with open(tmp_path / "out", "w", encoding="utf-8") as file:
-        state = follow(tmp_path, stop, file=file)
+        state = follow(JobFollower(tmp_path), stop, file=file)
 
     assert state.status == "running"

@@ -75,7 +75,7 @@ def test_a_job_is_finishing_until_its_receiver_delivers_nothing_any_more(tmp_pat
         send(receiver, 10, 20)
         receiver.finish(RunStatus.FINISHED)
 
-    state = follow(tmp_path, Pauses(lambda: receiver.note_status(RunStatus.FINISHED), end), file=shown)
+    state = follow(JobFollower(tmp_path), Pauses(lambda: receiver.note_status(RunStatus.FINISHED), end), file=shown)
 
     found = [line.split(" ", 1)[1] for line in shown.getvalue().splitlines() if " job-1: " in line]
     assert [line.split(";")[0] for line in found] == ["job-1: running", "job-1: finishing", "job-1: finished"]
@@ -183,6 +183,30 @@ def test_a_show_stays_with_a_job_until_that_has_ended(tmp_path: Path) -> None:
     ]
 
 
+def test_a_show_of_a_new_job_leaves_out_another_that_runs_already(tmp_path: Path) -> None:
+    other = receiver_of(tmp_path / "a", "other")
+    follower = JobFollower(tmp_path, new_only=True)
+    found = [follower.look()]
+    own = receiver_of(tmp_path / "b", "own")
+    follower._look_at = 0.0  # look for journals again at once
+    found.append(follower.look())
+    own.finish(RunStatus.FINISHED)
+    found.append(follower.look())
+    other.finish(RunStatus.FINISHED)
+    found.append(follower.look())
+    again = receiver_of(tmp_path / "a", "other")
+    found.append(follower.look())
+    again.finish(RunStatus.FINISHED)
+
+    assert [(state.name, state.status, state.others) for state in found] == [
+        ("", "running", []),
+        ("own", "running", []),
+        ("own", "finished", []),
+        ("own", "finished", []),
+        ("other", "running", ["own"]),
+    ]
+
+
 def test_a_job_in_the_place_of_an_earlier_one_takes_over_nothing_of_it(tmp_path: Path) -> None:
     """FLARE's simulator empties its workspace before a job."""
     old = receiver_of(tmp_path / "run", "old")
@@ -218,7 +242,7 @@ def test_how_to_look_at_a_running_job_is_said_once_for_each_backend(tmp_path: Pa
             assert writer.flush(20)
 
         log(1.0)
-        follow(tmp_path, Pauses(lambda: log(2.0), writer.close), file=shown)
+        follow(JobFollower(tmp_path), Pauses(lambda: log(2.0), writer.close), file=shown)
 
     (path,) = tmp_path.glob("*/jsonl/**/local.jsonl")
     lines = [line.split(" ", 1)[1] for line in shown.getvalue().splitlines()]

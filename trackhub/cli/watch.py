@@ -36,10 +36,11 @@ def watch(path: Path) -> None:
       trackhub watch runs/cifar10_fedavg-20260101-120000
       trackhub watch /opt/flare/server/1f2e3d4c
     """
+    from trackhub.watch.job_follower import JobFollower
     from trackhub.watch.show_until_end import follow
 
     stop = threading.Event()
-    state = follow(path, stop)
+    state = follow(JobFollower(path), stop)
     reports = {
         ("server" if report.side == "server" else ", ".join(report.sites) or report.side): report
         for report in state.reports

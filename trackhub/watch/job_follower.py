@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,29 +41,39 @@ class JobFollower:
 
     If the folder holds several jobs, it shows a running one. If several run, or none, it shows the newest of these. It
     stays with a running job until that job ends.
+
+    Attributes:
+        new_only: whether the jobs that were there when it was made are left out.
     """
 
     def __init__(self, folder: Path, *, new_only: bool = False) -> None:
-        """Look at nothing yet.
+        """Look which jobs are to be left out, if any.
 
         Args:
             folder: the job's folder, or any above. It need not exist yet.
-            new_only: leave out the jobs that had ended before the first look, until they run again.
+            new_only: leave out the jobs that are there now, also running ones, until they begin again.
         """
+        self.new_only = new_only
         self._folder = folder
         self._journals: list[Path] = []
         self._reads: dict[Path, _Read] = {}
-        self._left_out: set[str] | None = None if new_only else set()
+        self._left_out: set[str] = set()  # the ids of jobs
+        self._ended: set[str] = set()  # the ids of the jobs that had ended at the last look
         self._running = ""  # the id of the job that was shown last, if it had not ended then
         self._look_at = 0.0
+        if new_only:
+            self._find()
+            jobs, _ = self._read_all()
+            self._left_out, self._ended = set(jobs), _ended(jobs)
 
     def look(self) -> JobState:
         """Return what can be seen now. Never raises for a journal or a folder that cannot be read."""
         not_found = self._find()
         jobs, problem = self._read_all()
-        ended = {job for job, receivers in jobs.items() if all(receiver.has_ended for receiver in receivers)}
-        self._left_out = ended if self._left_out is None else self._left_out & ended
-        for job in self._left_out:
+        ended = _ended(jobs)
+        self._left_out -= self._ended - ended  # they began again, or their folder was emptied for a new job
+        self._ended = ended
+        for job in self._left_out & jobs.keys():
             del jobs[job]
         if not jobs:
             return JobState(problem=problem or not_found or f"no receiver has begun in {self._folder} yet")
@@ -122,6 +132,11 @@ class JobFollower:
         receiver = ReceiverState(report, metrics, is_done and report.status != RUNNING)
         self._reads[journal] = _Read(receiver, changed_at_ns)
         return receiver
+
+
+def _ended(jobs: Mapping[str, Sequence[ReceiverState]]) -> set[str]:
+    """Return the ids of the jobs that have ended."""
+    return {job for job, receivers in jobs.items() if all(receiver.has_ended for receiver in receivers)}
 
 
 def _is_left(journal: Path) -> bool:

@@ -22,10 +22,12 @@ from typing import TextIO
 
 from trackhub.open_without_links import open_plain
 from trackhub.printable import printable
+from trackhub.watch.job_follower import JobFollower
 from trackhub.watch.show_until_end import follow
 
 __all__ = ["Show", "show_job"]
 
+_LOOK_S = 5.0
 _END_S = 5.0
 _LAST_LINES = 8
 _log = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ class Show:
 @contextmanager
 def show_job(folder: Path, log: Path) -> Iterator[Show]:
     """Show the job that the ``with`` block runs. Call it in the main thread.
+
+    Jobs that are in the folder before are not shown, whether they run or not. One that begins again is.
 
     If stdout is a terminal, all that this process and its children write to stdout and stderr meanwhile goes to a file.
     Elsewhere, nothing is redirected, and a line is printed when something has changed, every 5 s at most.
@@ -116,17 +120,22 @@ def _shown(folder: Path, file: TextIO, log: Path | None) -> Iterator[None]:
         file: where to show it.
         log: the file that has FLARE's own lines; None if they go to ``file`` as well.
     """
-    stop = threading.Event()
+    stop, has_looked = threading.Event(), threading.Event()
 
     def show() -> None:
         try:
-            follow(folder, stop, file=file, log=log, new_job=True)
+            follower = JobFollower(folder, new_only=True)
+            has_looked.set()
+            follow(follower, stop, file=file, log=log)
         except Exception as error:  # noqa: BLE001  # the job must run on
             if not isinstance(error, BrokenPipeError) and not file.closed:  # else nobody reads any more: `| head`
                 _log.warning("the job runs on, but is not shown any more", exc_info=True)
+        finally:
+            has_looked.set()
 
     shower = threading.Thread(target=show, name="trackhub-show", daemon=True)
     shower.start()
+    has_looked.wait(_LOOK_S)  # else the block's own job could be among those that were there before
     try:
         yield
     finally:

@@ -29,31 +29,27 @@ _LINE_EVERY_S = 5.0
 
 
 def follow(
-    folder: Path, stop: threading.Event, *, file: TextIO | None = None, log: Path | None = None, new_job: bool = False
+    follower: JobFollower, stop: threading.Event, *, file: TextIO | None = None, log: Path | None = None
 ) -> JobState:
     """Show a job until it has ended or ``stop`` is set, and return what was seen last. Blocks until then.
 
     Args:
-        folder: the job's folder, or any above. It need not exist yet.
+        follower: looks at the job. If it looks for new jobs only, the show goes on until ``stop``.
         stop: ends the show.
         file: where to write; stdout by default.
         log: the file that has FLARE's own lines; None if the caller does not know of one.
-        new_job: True if the job begins now. The show leaves out jobs that ended earlier, and goes on until ``stop``.
     """
     file = sys.stdout if file is None else file
     console = Console(file=file)
-    follower = JobFollower(folder, new_only=new_job)
     if not file.isatty() or console.is_dumb_terminal:
-        return _show(follower, _Lines(file).show, stop, _LINE_EVERY_S, new_job=new_job)
+        return _show(follower, _Lines(file).show, stop, _LINE_EVERY_S)
     # Without the alternate screen, the last state stays on the terminal, above what is printed next. rich must not
     # redirect what the script prints: `show_job` has redirected the descriptors.
     with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
-        return _show(follower, _Screen(live, log).show, stop, _DRAW_EVERY_S, new_job=new_job)
+        return _show(follower, _Screen(live, log).show, stop, _DRAW_EVERY_S)
 
 
-def _show(
-    follower: JobFollower, show: Callable[[JobState], None], stop: threading.Event, every_s: float, *, new_job: bool
-) -> JobState:
+def _show(follower: JobFollower, show: Callable[[JobState], None], stop: threading.Event, every_s: float) -> JobState:
     """Look and show, again and again.
 
     Args:
@@ -61,13 +57,12 @@ def _show(
         show: shows a state.
         stop: as for `follow`.
         every_s: the pause between two looks, in seconds.
-        new_job: as for `follow`.
     """
     while True:
         is_last = stop.is_set()  # the job may have changed since the look before
         state = follower.look()
         show(state)
-        if is_last or (state.has_ended() and not new_job):
+        if is_last or (state.has_ended() and not follower.new_only):
             return state
         stop.wait(every_s)
 
