@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -289,3 +290,17 @@ def test_a_spool_that_had_to_go_to_the_temporary_folder_is_named_while_it_holds_
     )
     assert [found["path"] for found in document(job / "server")["spools"]] == [str(spool)]
     assert "site-3" not in status(job / "taken").stdout.replace(f"{job / 'taken'}: spool of site site-3", "")
+
+
+@pytest.mark.parametrize("command", ["status", "watch"])
+def test_output_that_cannot_hold_a_name_gets_it_with_escapes(tmp_path: Path, command: str) -> None:
+    with trackhub.local(["jsonl"], folder=tmp_path, name="größe", quiet=True) as writer:
+        writer.log({"loss": 1.0})
+
+    done = subprocess.run(
+        [sys.executable, "-m", "trackhub.cli", command, str(tmp_path)],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "gr\\xf6\\xdfe" in done.stdout

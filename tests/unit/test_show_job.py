@@ -65,11 +65,17 @@ def test_on_a_terminal_the_lines_of_a_job_go_to_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "job.log").read_text().splitlines() == ["a line of the script", "ValueError: a line of a child"]
 
 
-def elsewhere(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a script whose output is no terminal."""
-    return subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=60, check=True
-    )
+def elsewhere(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script whose output is no terminal.
+
+    Args:
+        script: its text.
+        folder: its argument.
+        environment: more variables of its environment.
+    """
+    command = [sys.executable, "-c", script, str(folder)]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=env)
 
 
 def test_elsewhere_the_lines_of_a_job_come_as_usual(tmp_path: Path) -> None:
@@ -141,6 +147,27 @@ def test_a_terminal_shows_whole_commands_that_open_a_running_job(tmp_path: Path)
 
     (path,) = tmp_path.glob("long*/*/jsonl/**/local.jsonl")
     assert f"look at it in jsonl: {path}" in shown
+    assert "finished" in shown.split("running")[-1]
+
+
+def test_output_that_cannot_hold_a_name_gets_it_with_escapes(tmp_path: Path) -> None:
+    job = JOB.replace('name="job"', 'name="größe"').replace("sys.argv[2]", "0.5")
+
+    done = elsewhere(job, tmp_path, PYTHONIOENCODING="ascii")
+
+    assert done.stderr == ""
+    assert "gr\\xf6\\xdfe: finished; loss: local 0.5; jsonl: 1 confirmed, 0 pending\n" in done.stdout
+
+
+def test_a_terminal_that_cannot_hold_a_name_gets_it_with_escapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    job = JOB.replace('name="job"', 'name="größe"').replace("sys.argv[2]", "0.5")
+
+    shown = on_terminal(job, tmp_path, go_on_after="look at it in jsonl")
+
+    assert "gr\\xf6\\xdfe" in shown
     assert "finished" in shown.split("running")[-1]
 
 

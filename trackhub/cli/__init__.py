@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 __all__ = ["main"]
@@ -13,6 +14,9 @@ def main() -> None:
 
     The exit status is 0 if all is well, 1 if not, 2 for a wrong command, and 130 for one that was interrupted.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Its encoding may lack letters of a name, as ASCII does. Escape these: otherwise the command would end there.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from trackhub.cli.app import run
 

@@ -96,7 +96,7 @@ def _on_terminal(folder: Path, log: Path) -> Iterator[None]:
     log.parent.mkdir(parents=True, exist_ok=True)
     # Redirect the descriptors, not sys.stdout: FLARE runs the job in other processes, which inherit the descriptors.
     screen, errors = os.dup(1), os.dup(2)
-    with os.fdopen(screen, "w", encoding=sys.stdout.encoding or "utf-8", closefd=True) as file:
+    with os.fdopen(screen, "w", encoding=sys.stdout.encoding or "utf-8", errors="backslashreplace") as file:
         with open(log, "wb", buffering=0, opener=open_plain) as target:
             os.dup2(target.fileno(), 1)
             os.dup2(target.fileno(), 2)

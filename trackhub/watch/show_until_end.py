@@ -97,6 +97,12 @@ class _Lines:
         new = [note for note in job_notes(state) if note not in self._noted]
         self._noted.update(new)
         for text in [*new, *([line] if line != self._line else [])]:
-            self._file.write(f"{now} {text}\n")
+            self._file.write(_encodable(f"{now} {text}\n", self._file))
         self._file.flush()
         self._line = line
+
+
+def _encodable(text: str, file: TextIO) -> str:
+    """Return the text with an escape for each character that the file's encoding lacks."""
+    encoding = file.encoding or "utf-8"  # a StringIO has none
+    return text.encode(encoding, "backslashreplace").decode(encoding)
