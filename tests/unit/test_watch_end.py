@@ -111,6 +111,26 @@ def test_without_locks_a_job_has_ended_when_its_report_is_written(
     assert (before, after) == ("finishing", "finished")
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+from trackhub.delivery.journal.journal import Journal
+Journal.open(Path(sys.argv[1]), job="job-1", side="server").add_site("late", 0.0)
+os._exit(9)
+"""
+
+
+def test_what_a_killed_replay_left_in_the_journals_log_is_seen(tmp_path: Path) -> None:
+    receiver_of(tmp_path).finish(RunStatus.FAILED)
+    follower = JobFollower(tmp_path)
+    before = follower.look()
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "trackhub" / JOURNAL_NAME)], check=False)
+    after = follower.look()
+
+    assert (before.status, list(before.sites)) == ("failed", [])
+    assert (after.status, list(after.sites)) == ("failed", ["late"])
+
+
 def test_a_job_is_finishing_while_a_receiver_of_a_site_delivers(tmp_path: Path) -> None:
     server, client = receiver_of(tmp_path / "server"), receiver_of(tmp_path / "site-1", side=Side.CLIENT)
     follower = JobFollower(tmp_path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,10 +148,11 @@ def _is_left(journal: Path) -> bool:
 
 
 def _changed_at_ns(journal: Path) -> int:
-    try:
-        return journal.stat().st_mtime_ns
-    except OSError:  # it is in the middle of a repair
-        return 0
+    changed_at_ns = 0
+    for file in (journal, journal.with_name(f"{journal.name}-wal")):  # what was stored last is in the log at first
+        with suppress(OSError):  # a closed journal has no log, and one in the middle of a repair is not there
+            changed_at_ns = max(changed_at_ns, file.stat().st_mtime_ns)
+    return changed_at_ns
 
 
 def _began(receivers: Sequence[ReceiverState]) -> float:
