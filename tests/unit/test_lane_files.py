@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from tests.unit.readers_and_bad_backends import STREAM, WAIT_S, MemoryBackend
 from tests.unit.rigs import SITE, Bench, run_of
+from trackhub.delivery.lane import lane
 from trackhub.errors import PermanentError, TransientError
 from trackhub.job_and_run_info import RunStatus
 from trackhub.records import Artifact, Blob, Kind, Metrics, Record
@@ -113,6 +114,24 @@ def test_at_the_end_only_the_file_is_pending_and_the_run_is_ended_with_its_statu
     assert (last.confirmed, last.pending, last.state) == (5, 0, "finished")
     assert sorted(second.positions()) == [0, 1, 2, 3, 4]
     assert last.possible_duplicates == (1 if redelivery is Redelivery.AT_LEAST_ONCE else 0)
+
+
+def test_without_a_second_thread_the_lane_writes_the_files_itself(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process may have too many threads, and Python 3.12.0 to 3.12.2 start none when the script has ended."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(lane, "FileUploads", refuse)
+    backend = MemoryBackend(files_beside=FILES)
+    bench.lane(backend)
+    bench.add(mixed("mfmf"))
+    report = run_of(bench.finish())
+
+    assert (report.confirmed, report.pending, report.state) == (4, 0, "finished")
+    assert sorted(backend.positions()) == [0, 1, 2, 3]
 
 
 def test_a_file_that_fails_is_tried_again_behind_the_others(bench: Bench) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 import trackhub
+from tests.conftest import MakePlugin
+from tests.support.script_without_new_threads import run_script_without_new_threads
 from tests.unit.readers_and_bad_backends import json_lines
 from trackhub.delivery.report import read_report
 from trackhub.limits import Limits
@@ -80,6 +82,42 @@ def test_a_run_that_was_not_closed_is_delivered_at_the_end_of_the_script(
     assert read_report(tmp_path / "j" / "trackhub" / "delivery.json").status == status
     assert f"trackhub: the run was still open when the script ended, and is closed now as {status}" in done.stderr
     assert str(tmp_path / "j" / "jsonl" / "j" / "local.jsonl") in done.stderr
+
+
+def test_a_script_that_logs_its_first_file_last_delivers_it_without_new_threads(
+    tmp_path: Path, make_plugin: MakePlugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Python 3.12.0 to 3.12.2, the thread for the files of a lane could not start then, and the run stopped."""
+    source = """
+        from trackhub.records import Kind
+        from trackhub.spi import Backend, BackendRun, Capabilities, ConfirmedBy, Redelivery
+
+        class Run(BackendRun):
+            def write(self, batch):
+                return None
+
+            def finish(self, status):
+                pass
+
+        class Beside(Backend):
+            spi = 1
+            capabilities = Capabilities(
+                kinds=frozenset(Kind) - {Kind.GAP},
+                confirmed_by=ConfirmedBy.WRITE,
+                redelivery=Redelivery.IDEMPOTENT,
+                any_order=True,
+                files_beside=frozenset({Kind.ARTIFACT}),
+            )
+
+            def open_run(self, info):
+                return Run()
+    """
+    monkeypatch.setenv("PYTHONPATH", str(make_plugin("beside", {"beside": "beside:Beside"}, {"beside": source})))
+
+    ended = run_script_without_new_threads(tmp_path / "runs", "beside", {})
+
+    assert (ended.run.confirmed, ended.run.pending, ended.run.state) == (7, 0, "finished"), ended.stderr
+    assert ended.run.last_error == ""
 
 
 @pytest.mark.parametrize(

@@ -159,20 +159,25 @@ class FileUploads:
     """One thread that writes the files of all runs of a lane, one at a time, in turn."""
 
     def __init__(self, lane: str, on_outcome: Callable[[int], None]) -> None:
-        """Prepare the thread. It calls ``on_outcome`` with a site's id after each attempt to write a file."""
+        """Start the thread. It calls ``on_outcome`` with a site's id after each attempt to write a file.
+
+        It starts before there is a file: when a script ends, Python 3.12.0 to 3.12.2 start no new threads.
+
+        Raises:
+            RuntimeError: no thread can be started now.
+        """
         self._on_outcome = on_outcome
         self._queues: dict[int, FileQueue] = {}
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._has_hurried = False
         self._thread = OwnThread(target=self._main, name=f"trackhub-lane-{lane}-files", daemon=True)
+        self._thread.start()
 
     def begin(self, queue: FileQueue) -> None:
-        """Look at this queue from now on. The first call starts the thread."""
+        """Look at this queue, since it has new files."""
         self._queues[queue.site_id] = queue
         self._wake.set()
-        if not self._thread.is_alive() and not self._stop.is_set():
-            self._thread.start()
 
     def hurry(self) -> None:
         """Try all waiting files at once, since the job ends. Later calls do nothing."""
@@ -186,8 +191,7 @@ class FileUploads:
         """Start no further file. Return whether the thread has ended. If not, it is still writing a file."""
         self._stop.set()
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _main(self) -> None:

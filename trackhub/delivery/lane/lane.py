@@ -280,9 +280,7 @@ class Lane:
 
     def _deliver(self) -> None:
         """Deliver until the lane is stopped, or until everything is delivered and the runs are finished."""
-        can = self._backend.capabilities  # the preflight may have changed them, so do not read them earlier
-        if can.files_beside and not can.redelivery.needs_order:
-            self._uploads = FileUploads(self.name, self.notify)
+        self._uploads = self._start_uploads()
         active = set(self._journal.sites())  # the sites that may have something to deliver
         while not self._stop.is_set():
             # Clear the event before anything is read, so that later news sets it again. Otherwise the lane could sleep
@@ -310,6 +308,17 @@ class Lane:
                     return
                 due = min(due, finish_due or due, ending.deliver_until)
             self._wake.wait(max(0.0, due - time.monotonic()))
+
+    def _start_uploads(self) -> FileUploads | None:
+        """Return the second thread, if the backend allows one. Otherwise the lane's own thread writes the files."""
+        can = self._backend.capabilities  # the preflight may have changed them, so do not read them earlier
+        if not can.files_beside or can.redelivery.needs_order:
+            return None
+        try:
+            return FileUploads(self.name, self.notify)
+        except RuntimeError as e:  # the process has too many threads, or the script has ended: see `FileUploads`
+            _log.debug("lane %s writes its files in its own thread: %s", self.name, e)
+            return None
 
     def _advance_runs(self, active: set[int], *, finishing: bool) -> tuple[bool, float]:
         """Do one piece of work for each run. Remove the runs from ``active`` that have nothing left to deliver.
