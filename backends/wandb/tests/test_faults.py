@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from trackhub_wandb import WandBBackend
-from trackhub_wandb.sdk_start_and_stop import service_is_lost
+from trackhub_wandb.sdk_start_and_stop import exclusive_sdk, service_is_lost, stop_service
 
 import trackhub
 from backends.wandb.tests.conftest import Rig, entry, losses, services
@@ -181,16 +181,29 @@ def test_dead_server_does_not_hold_up_the_end(online: Online, rig: Rig, emulator
     assert services() == []
 
 
-def kill_service() -> None:
-    """Kill the SDK's service, and wait until it is gone."""
+def service_pid() -> int:
+    """Return the process id of the SDK's service."""
     done = subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
     rows = [line.split(None, 2) for line in done.stdout.splitlines()]
     (pid,) = [int(row[0]) for row in rows if row[1] == str(os.getpid()) and "wandb-core" in row[2]]
-    before = services()
+    return pid
+
+
+def kill_service() -> None:
+    """Kill the SDK's service, and wait until it is gone."""
+    pid, before = service_pid(), services()
     os.kill(pid, signal.SIGKILL)
     # Another thread may notice it first, and start a new service.
     while not service_is_lost() and services() == before and os.path.exists(f"/proc/{pid}"):
         time.sleep(0.01)
+
+
+def test_a_service_that_does_not_end_in_time_is_killed(caplog: pytest.LogCaptureFixture) -> None:
+    with exclusive_sdk():
+        os.kill(service_pid(), signal.SIGSTOP)
+    stop_service(0.2)
+    assert services() == []
+    assert "did not end within 0.2 s and is killed" in caplog.text
 
 
 def test_service_that_was_killed_is_replaced(online: Online, rig: Rig, emulator: Emulator) -> None:

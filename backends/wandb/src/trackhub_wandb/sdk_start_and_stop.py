@@ -279,33 +279,43 @@ def _service_process(singleton: Any) -> subprocess.Popen[bytes] | None:
     return owned._process if owned is not None else None
 
 
+class _ServiceHandle:
+    """Takes the place of the SDK's handle of its service, whose ``join`` has no limit. This one kills the service."""
+
+    def __init__(self, process: subprocess.Popen[bytes], timeout_s: float) -> None:
+        self._process = process
+        self._timeout_s = timeout_s
+
+    def join(self) -> int:
+        """Wait for the service's end. Kill it if it takes longer. Return 0: the SDK calls ``sys.exit`` otherwise."""
+        try:
+            self._process.wait(self._timeout_s)
+        except subprocess.TimeoutExpired:
+            _log.warning(
+                "The W&B service did not end within %.1f s and is killed. What it had not uploaded stays pending; "
+                "`trackhub replay` delivers it",
+                self._timeout_s,
+            )
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(self._timeout_s)
+        return 0
+
+
 def _end_service(singleton: Any, timeout_s: float, checkers: Sequence[Any] = ()) -> None:
+    """End the SDK's service in this thread: when a script ends, Python 3.12.0 to 3.12.2 start no new threads."""
     process = _service_process(singleton)
-    given = (singleton, checkers)
-    thread = threading.Thread(target=_teardown, args=given, name="trackhub-wandb-teardown", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive() and process is not None:
-        _log.warning(
-            "The W&B service did not end within %.1f s and is killed. What it had not uploaded stays pending; "
-            "`trackhub replay` delivers it",
-            timeout_s,
-        )
-        process.kill()
-        thread.join(timeout_s)
-
-
-def _teardown(singleton: Any, checkers: Sequence[Any]) -> None:
-    process = _service_process(singleton)
+    handle = None if process is None else _ServiceHandle(process, timeout_s)
+    if handle is not None:
+        singleton._connection._proc = handle
     for checker in checkers:
         # Otherwise its thread would end with an uncaught error when the service is gone.
         with contextlib.suppress(Exception):
             checker.join()
-    # The SDK raises SystemExit with its service's exit code. That must not end this thread.
-    with contextlib.suppress(Exception, SystemExit):
+    with contextlib.suppress(Exception):
         import_sdk().teardown()
     # If the service was dead, the teardown above has failed before it took these two steps.
     with contextlib.suppress(Exception):
         singleton.asyncer.join()
-    if process is not None:
-        process.wait()
+    if handle is not None:
+        handle.join()
