@@ -64,7 +64,7 @@ class Bench:
         lane = self.lanes[name] = Lane(
             name, backend, self.journal, job=JobInfo(self.job), side=Side.SERVER,
             blob_dir=lambda site: self.folder / "blobs" / site, run_folder=self.folder,
-            room=room_for_all(self.folder), flush_s=flush_s,
+            room=room_for_all(self.folder), flush_s=flush_s, is_running=lambda: True,
         )  # fmt: skip
         lane.start()
         return lane

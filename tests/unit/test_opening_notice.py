@@ -14,8 +14,10 @@ import pytest
 import trackhub
 from tests.unit.readers_and_bad_backends import WAIT_S
 from trackhub.delivery.lane.where_to_look_notice import OpeningNotice
+from trackhub.delivery.replay_journal_or_spool import replay_journal
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.report_text import format_report
+from trackhub.limits import Limits
 from trackhub.runnable_commands import command_for
 from trackhub.spi import Results
 
@@ -26,8 +28,12 @@ def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
+def running() -> bool:
+    return True
+
+
 def test_a_command_that_opens_all_sites_is_said_once(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    notice = OpeningNotice("acme", tmp_path)
+    notice = OpeningNotice("acme", tmp_path, running)
 
     for site in range(5):
         notice.note(site, Results(path=f"acme/site-{site}", command="acme-show all"))
@@ -36,7 +42,7 @@ def test_a_command_that_opens_all_sites_is_said_once(said: pytest.LogCaptureFixt
 
 
 def test_a_thousand_runs_of_their_own_get_four_lines(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    notice = OpeningNotice("wandb", tmp_path)
+    notice = OpeningNotice("wandb", tmp_path, running)
 
     for site in range(1000):
         notice.note(site, Results(url=f"https://wandb.ai/team/project/runs/{site}"))
@@ -50,7 +56,7 @@ def test_a_thousand_runs_of_their_own_get_four_lines(said: pytest.LogCaptureFixt
 
 
 def test_a_run_that_is_not_open_or_shows_nothing_is_passed_over(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    notice = OpeningNotice("acme", tmp_path)
+    notice = OpeningNotice("acme", tmp_path, running)
 
     notice.note(1, None)
     notice.note(1, Results())
@@ -99,9 +105,51 @@ def test_a_quiet_script_says_nothing_on_stderr(tmp_path: Path) -> None:
     assert (process.returncode, said) == (0, "")
 
 
-def test_a_quiet_run_says_in_the_log_how_to_look_at_it(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    with trackhub.local(backends=["jsonl"], folder=tmp_path, quiet=True) as writer:
+def test_a_run_that_ends_at_once_says_only_at_its_end_how_to_look_at_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent_at_the_end = Limits(linger_s=30)
+    with trackhub.local(["jsonl"], folder=tmp_path, limits=sent_at_the_end) as writer:
         writer.log({"loss": 1.0})
+
+    said = capsys.readouterr().err
+    assert said.startswith("trackhub: the run has ended as finished\n")
+    assert "look at this job" not in said
+    assert "Open the results" in said
+
+
+def test_a_replay_calls_no_job_a_running_one(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    with trackhub.local(["jsonl"], folder=tmp_path, quiet=True) as writer:
+        writer.log({"loss": 1.0})
+    said.clear()
+
+    replay_journal(writer.folder / "trackhub" / "trackhub.db", from_start=True)
+
+    assert any("trackhub delivery report" in text for text in said.messages)
+    assert not any("while it runs" in text for text in said.messages)
+
+
+class Noticed(logging.Handler):
+    """Waits for the notice in the log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.came = threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("look at this job"):
+            self.came.set()
+
+
+def test_a_quiet_run_says_in_the_log_how_to_look_at_it(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    noticed = Noticed()
+    logging.getLogger("trackhub").addHandler(noticed)
+    try:
+        with trackhub.local(backends=["jsonl"], folder=tmp_path, quiet=True) as writer:
+            writer.log({"loss": 1.0})
+            assert noticed.came.wait(WAIT_S)
+    finally:
+        logging.getLogger("trackhub").removeHandler(noticed)
 
     (opened,) = [text for text in said.messages if text.startswith("look at this job in jsonl, while it runs")]
     (ended,) = [text for text in said.messages if text.startswith("trackhub delivery report")]

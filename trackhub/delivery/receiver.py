@@ -127,8 +127,8 @@ class Receiver:
             ended: for a replay, how the job ended. The final messages then come from the replay, so they do not say how
                 training ended. None for a running job.
             federation: what the job's federation run holds; None for no such run. It needs the records of all sites.
-            say_where_to_look: gets the text that says how to look at the job, once its first runs are open. The lanes'
-                threads call it, and it must not raise. None logs the text.
+            say_where_to_look: gets the text that says how to look at the job, once its first runs are open, if the job
+                still runs then. The lanes' threads call it, and it must not raise. None logs the text.
         """
         self.job = JobInfo(job) if isinstance(job, str) else job
         self.folder = (run_dir / "trackhub" if state_dir is None else state_dir).absolute()
@@ -259,7 +259,7 @@ class Receiver:
         return Lane(
             name, backend, journal, job=self.job, side=self._side, blob_dir=self._blobs.folder,
             run_folder=self._run_dir, room=self._room, flush_s=self._limits.flush_s, workdir=self._run_dir / name,
-            say_where_to_look=self._say_where_to_look,
+            is_running=lambda: not self._facts.status, say_where_to_look=self._say_where_to_look,
         )  # fmt: skip
 
     def channel(self, site: str) -> Channel:
@@ -475,6 +475,7 @@ class Receiver:
         by_site = self._facts.run_statuses(self._journal, stored, status)
         # Close before the lanes end. Otherwise a request could add a batch after a lane has looked for the last time.
         self._state = _CLOSED
+        self._facts.status = status
         deadline = time.monotonic() + deadline_s
         # A lane must stop waiting for a locked journal before `join` gives up, or the lane would count as hanging.
         self._journal.limit_waits(deadline + EXTRA_S / 2)

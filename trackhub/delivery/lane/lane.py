@@ -76,6 +76,7 @@ class Lane:
         run_folder: Path,
         room: DiskRoom,
         flush_s: float,
+        is_running: Callable[[], bool],
         workdir: Path | None = None,
         say_where_to_look: Callable[[str], None] | None = None,
     ) -> None:
@@ -92,6 +93,7 @@ class Lane:
             room: says whether the lane may hand records of a site to the backend now.
             flush_s: how many seconds the lane waits before it asks a backend with ``ConfirmedBy.FLUSH`` to confirm the
                 records that it wrote. At the end of the job it does not wait.
+            is_running: as for `OpeningNotice`.
             workdir: the backend's folder. The receiver makes it, but may have failed on a full disk. So it is also made
                 before a run is opened.
             say_where_to_look: as for `OpeningNotice`.
@@ -114,7 +116,7 @@ class Lane:
         self._busy_since: float | None = None
         self._defect = ""
         self._turns = FairTurns()
-        self._notice = OpeningNotice(name, run_folder, say_where_to_look)
+        self._notice = OpeningNotice(name, run_folder, is_running, say_where_to_look)
         self._thread = OwnThread(target=self._main, name=f"trackhub-lane-{name}", daemon=True)
 
     def check(self) -> None:

@@ -23,29 +23,34 @@ _log = logging.getLogger(__name__)
 class OpeningNotice:
     """Says the first commands, URLs or paths that open runs of one backend. Used by the lane's thread alone."""
 
-    def __init__(self, backend: str, run_folder: Path, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, backend: str, run_folder: Path, is_running: Callable[[], bool], say: Callable[[str], None] | None = None
+    ) -> None:
         """Say nothing yet.
 
         Args:
             backend: the backend's name.
             run_folder: the job's run folder, to which results are relative.
+            is_running: returns whether the job still runs. If it ends, its report says the same next, so that the
+                notice says nothing.
             say: gets each text. None logs it.
         """
         self._backend = backend
         self._run_folder = run_folder
+        self._is_running = is_running
         self._say = say or _log.info
         self._sites: set[int] = set()
         self._said: set[str] = set()
 
     def note(self, site_id: int, results: Results | None) -> None:
-        """Say how to open a run, unless that was said before.
+        """Say how to open a run, unless that was said before, or the job ends.
 
         Args:
             site_id: the site's id in the journal.
             results: where a person can see the run, as the backend says. None if the run is not open or cannot be
                 shown.
         """
-        if results is None or site_id in self._sites:
+        if results is None or site_id in self._sites or not self._is_running():
             return
         self._sites.add(site_id)
         for opening in results.resolved(self._run_folder).openings():
