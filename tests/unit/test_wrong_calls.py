@@ -103,17 +103,32 @@ def test_what_cannot_be_converted_is_counted_whatever_its_detail_is(writer: Writ
     assert dropped(writer) == {"unconvertible": 1}
 
 
+def test_an_empty_text_is_not_the_current_folder(
+    writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "notes").write_text("mine")
+    monkeypatch.chdir(tmp_path / "private")
+
+    MLflowWriter(writer=writer).log_artifacts("")
+    WandBWriter(writer=writer).log_artifact("")
+
+    assert payloads(writer) == []
+    assert sum(dropped(writer).values()) == 2
+
+
 class EvilMapping(dict[str, Any]):
     def __iter__(self) -> Iterator[str]:
         raise RuntimeError("keys")
 
 
+TEXT = st.text().filter(lambda text: not os.path.isdir(text))  # "." or "/" would log all that is in that folder
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.builds(Evil), st.builds(object),
+    st.none(), st.booleans(), st.integers(), st.floats(), TEXT, st.builds(Evil), st.builds(object),
     st.builds(EvilMapping, st.just({"a": 1})),
     st.sampled_from([np.int64(3), np.ones(2), np.zeros((0,)), np.ma.masked, 1j, int]),
 )  # fmt: skip
-KEYS = st.one_of(st.text(), st.integers(), st.none(), st.sampled_from([np.int64(3), ("a", 1)]))
+KEYS = st.one_of(TEXT, st.integers(), st.none(), st.sampled_from([np.int64(3), ("a", 1)]))
 ANYTHING = st.recursive(
     LEAVES,
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=3)),

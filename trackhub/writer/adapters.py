@@ -23,7 +23,7 @@ from trackhub.errors import RecordError
 from trackhub.writer import convert_figures_and_tables
 from trackhub.writer.adapter_base import AdapterBase, first_given
 from trackhub.writer.count_wrong_calls import with_counted_calls
-from trackhub.writer.plain_values import as_mapping, raised_by_signal_handler
+from trackhub.writer.plain_values import as_mapping, raised_by_signal_handler, shown
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.summary_writer import SummaryWriter
 from trackhub.writer.wandb_values import log_values
@@ -211,7 +211,7 @@ def _local_files(artifact_or_path: Any, name: str | None, kind: str) -> list[tup
     if (manifest := getattr(artifact, "manifest", None)) is None:
         if not os.path.isdir(artifact_or_path):
             return [(artifact_or_path, name, kind)]
-        found = _files_below(Path(artifact_or_path), name or Path(artifact_or_path).resolve().name)
+        found = _files_below(artifact_or_path, name or Path(artifact_or_path).resolve().name)
         return [(path, f"{folder}/{path.name}", kind) for path, folder in found]
     name, kind = str(artifact.name).partition(":")[0], str(artifact.type)
     entries = manifest.entries.items()
@@ -389,9 +389,7 @@ class MLflowWriter(AdapterBase):
             artifact_path: the folder in the run.
             args, kwargs: MLflow's further arguments, without effect.
         """
-        self._log_converted(
-            "log_artifacts", local_dir, lambda: _files_below(Path(local_dir), artifact_path), self._log_files
-        )
+        self._log_converted("log_artifacts", local_dir, lambda: _files_below(local_dir, artifact_path), self._log_files)
 
     def _log_files(self, files: list[tuple[Path, str | None]]) -> None:
         for path, folder in files:
@@ -427,18 +425,20 @@ class _SameRun:
         pass
 
 
-def _files_below(folder: Path, artifact_path: str | None) -> list[tuple[Path, str | None]]:
+def _files_below(local_dir: str | os.PathLike[str], artifact_path: str | None) -> list[tuple[Path, str | None]]:
     """Return, for each file below a folder, the file and its folder in the run.
 
     Raises:
         RecordError: this is not a folder, or there is no file in it.
     """
+    # An empty text names no folder. Made a Path, it would name the current one, which may hold anything.
+    folder = Path(local_dir) if os.path.isdir(local_dir) else None
     found: list[tuple[Path, str | None]] = []
-    for path in sorted(folder.rglob("*")):
+    for path in () if folder is None else sorted(folder.rglob("*")):
         if path.is_file():
-            inner = path.parent.relative_to(folder).as_posix()
+            inner = path.relative_to(local_dir).parent.as_posix()
             parts = [part for part in (artifact_path, "" if inner == "." else inner) if part]
             found.append((path, "/".join(parts) or None))
     if not found:
-        raise RecordError(f"log_artifacts: {str(folder)!r} is not a folder with files")
+        raise RecordError(f"log_artifacts: {shown(local_dir)} is not a folder with files")
     return found
