@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens files and makes folders for trackhub's own data: for their owner alone, and never through a symbolic link.
 
-Spool, journal and receiver call it. Backends call `open_file` and `make_folder`, since an operator may share the folder
-of a backend. Somebody else may be able to write to the same folder: a training script to its
-spool, or another user to a shared folder. A symbolic link there could lead a read or write to any file. A FIFO would
-block the process that opens it for ever.
+Spool, journal and receiver call it. Backends call `open_file` and `make_folder`, since an operator may share a
+backend's folder. Somebody else may be able to write to the same folder: a training script to its spool, or another user
+to a shared folder. A symbolic link there could lead a read or write to any file. A FIFO would block the process that
+opens it for ever.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def find_way_out(folder: Path, around: Path) -> str:
 
     Args:
         folder: what is searched.
-        around: a folder in which files below ``folder`` may have other names, such as the run folder: W&B's backend
-            gives a logged file a second name in its own folder, so that the disk holds it once.
+        around: a folder in which files below ``folder`` may have other names, such as the run folder. W&B's backend
+            gives a logged file a second name in its own folder. So the disk holds it once.
 
     Raises:
         OSError: a folder cannot be read.
@@ -149,8 +149,8 @@ def find_way_out(folder: Path, around: Path) -> str:
                     names_left[file] = names_left.get(file, status.st_nlink) - 1
                     name_of[file] = entry.path
     if any(names_left.values()):
-        for parent, folders, files in os.walk(around):
-            if Path(parent) == folder:  # its names are counted
+        for parent, folders, files in os.walk(os.path.realpath(around)):
+            if Path(parent).is_relative_to(root):  # its names are counted, and a second time would hide one elsewhere
                 folders.clear()
                 continue
             for name in files:

@@ -18,7 +18,14 @@ from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.wire import Chunk, encode
 from trackhub.errors import JournalError, RecordError, SpoolError
-from trackhub.open_without_links import make_folder, make_private_folder, open_file, open_plain, read_plain
+from trackhub.open_without_links import (
+    find_way_out,
+    make_folder,
+    make_private_folder,
+    open_file,
+    open_plain,
+    read_plain,
+)
 from trackhub.spool.layout import SpoolInfo
 from trackhub.spool.round_file import RoundFile
 from trackhub.writer.writer import Writer
@@ -259,3 +266,16 @@ def test_a_link_to_a_file_beside_it_is_logged_and_one_that_leads_out_is_not(tmp_
 
     blobs = sorted(path.read_text() for path in spool.glob("*.blob"))
     assert blobs == ["deep weights", "weights", "weights", "weights"]
+
+
+def test_a_folder_that_is_reached_by_a_link_hides_no_name_elsewhere(tmp_path: Path) -> None:
+    """Its names would be found a second time below the run folder, in place of the name that is elsewhere."""
+    spool, mine = tmp_path / "job" / "spool", tmp_path / "mine"
+    spool.mkdir(parents=True)
+    mine.write_text("mine")
+    (spool / "round").hardlink_to(mine)
+    (tmp_path / "link").symlink_to(tmp_path / "job")
+
+    for folder in (spool, tmp_path / "link" / "spool"):
+        assert "is a hard link" in find_way_out(folder, tmp_path / "job")
+    assert find_way_out(tmp_path / "link" / "spool", tmp_path) == ""
