@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 
 import msgspec
 
 from trackhub.delivery.wire import SiteCounts
-from trackhub.job_and_run_info import JobInfo
+from trackhub.job_and_run_info import JobInfo, RunStatus, Side
 from trackhub.open_without_links import open_plain
 from trackhub.plain_values_to_structs import prepare
 from trackhub.printable import printable
@@ -33,6 +33,7 @@ __all__ = [
     "read_report",
     "report_without_counts",
     "resolve_results",
+    "status_of_job",
     "write_report",
 ]
 
@@ -45,6 +46,7 @@ NOT_ADDING_UP = "a defect of trackhub, a damaged disk, or a site that sent false
 RUNNING = "running"
 """The status of a job that has not ended."""
 
+_WORSE_AND_WORSE = (RunStatus.FINISHED, RunStatus.ABORTED, RunStatus.FAILED, RunStatus.KILLED)
 _MAX_NAMES = 5
 
 
@@ -314,3 +316,17 @@ def resolve_results(report: DeliveryReport, folder: Path) -> DeliveryReport:
 
     lanes = {lane: {site: resolved(run) for site, run in runs.items()} for lane, runs in report.lanes.items()}
     return msgspec.structs.replace(report, lanes=lanes, run_dir=str(run_folder))
+
+
+def status_of_job(reports: Sequence[DeliveryReport]) -> str:
+    """Return how a job ended: as the server's receiver says, or else the worst that a site's receiver says.
+
+    Args:
+        reports: those of the job's receivers. The job runs while one of these receivers does, or if there is none yet.
+    """
+    of_server = [report.status for report in reports if report.side == Side.SERVER]
+    found = of_server or [report.status for report in reports]
+    if not found or RUNNING in found:
+        return RUNNING
+    order = [str(status) for status in _WORSE_AND_WORSE]
+    return max(found, key=lambda status: order.index(status) if status in order else len(order))

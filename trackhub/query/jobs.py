@@ -14,7 +14,7 @@ from typing import NamedTuple, overload
 
 from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.journal.find_journals_and_spools import find_all
-from trackhub.delivery.report import RUNNING, DeliveryReport
+from trackhub.delivery.report import RUNNING, status_of_job
 from trackhub.delivery.report_text import format_counted, format_job
 from trackhub.errors import ConfigError, JournalError
 from trackhub.job_and_run_info import RunStatus, Side
@@ -72,7 +72,7 @@ class StoredJob:
         self.created = min((site.created for site in sites), default=0.0)
         self.sites = sorted({site.name for site in sites})
         self.reports = {_receiver_name(journal): journal.report for journal in self._journals}
-        self.status = _status([journal.report for journal in self._journals])
+        self.status = status_of_job([journal.report for journal in self._journals])
 
     def close(self) -> None:
         """Remove temporary files. Idempotent."""
@@ -239,14 +239,3 @@ def _receiver_name(journal: JournalFile) -> str:
 
 def _records_of(journal: JournalFile, site: str) -> int:
     return sum(journal.sites[site].streams.values()) if site in journal.sites else 0
-
-
-def _status(reports: list[DeliveryReport]) -> str:
-    """Return how the job ended, as its server says.
-
-    Without a server's journal, return the worst status of the sites.
-    """
-    order = [RUNNING, RunStatus.KILLED, RunStatus.FAILED, RunStatus.ABORTED]
-    if reports[0].side == Side.SERVER:
-        return reports[0].status
-    return min((report.status for report in reports), key=lambda s: order.index(s) if s in order else len(order))

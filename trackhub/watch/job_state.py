@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trackhub.delivery.journal.newest_metrics import NewestMetrics
-from trackhub.delivery.report import RUNNING, DeliveryReport
+from trackhub.delivery.report import RUNNING, DeliveryReport, status_of_job
 from trackhub.delivery.report_text import format_openings, format_status, format_together
 from trackhub.job_and_run_info import Side
 
@@ -117,22 +117,12 @@ def job_state(receivers: Sequence[ReceiverState], *, others: Sequence[str], prob
     state = JobState(reports=reports, others=[*others], problem=problem)
     for receiver in receivers:
         _merge(state, receiver)
-    state.status = _status(receivers)
+    state.status = status_of_job(reports)
+    if state.status != RUNNING and not all(receiver.has_ended for receiver in receivers):
+        state.status = FINISHING
     state.openings = _openings(reports)
     state.sites = dict(sorted(state.sites.items()))
     return state
-
-
-def _status(receivers: Sequence[ReceiverState]) -> str:
-    """Return how a job ended: as the server says, or else the worst that a site says."""
-    found = [receiver.report.status for receiver in receivers if receiver.report.side == Side.SERVER]
-    found = found or [receiver.report.status for receiver in receivers]
-    if not found or RUNNING in found:
-        return RUNNING
-    if not all(receiver.has_ended for receiver in receivers):
-        return FINISHING
-    order = ["finished", "aborted", "failed", "killed"]
-    return max(found, key=lambda status: order.index(status) if status in order else len(order))
 
 
 def _openings(reports: Sequence[DeliveryReport]) -> list[str]:
