@@ -105,7 +105,7 @@ with show_job(folder, folder / "job.log"):
 def test_elsewhere_plain_lines_say_what_the_job_does(tmp_path: Path) -> None:
     """A job that was in the folder before is not shown."""
     with trackhub.local(["jsonl"], folder=tmp_path, name="old", quiet=True) as writer:
-        writer.log({"loss": 99.0})
+        writer.log({"loss": 98765.0})
     command = [sys.executable, "-c", JOB, str(tmp_path), "0.5"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -117,7 +117,7 @@ def test_elsewhere_plain_lines_say_what_the_job_does(tmp_path: Path) -> None:
                 process.stdin.close()
 
     assert process.returncode == 0
-    assert [line for line in lines if "old" in line or "99" in line] == []
+    assert [line for line in lines if "old" in line or "98765" in line] == []
     assert "job: running; loss: local 0.5; jsonl: 1 confirmed, 0 pending\n" in lines
     assert lines[-1] == "job: finished; loss: local 0.5; jsonl: 1 confirmed, 0 pending\n"
 

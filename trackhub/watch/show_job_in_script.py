@@ -27,7 +27,7 @@ from trackhub.watch.show_until_end import follow
 
 __all__ = ["Show", "show_job"]
 
-_LOOK_S = 5.0
+_BEGIN_S = 5.0
 _END_S = 5.0
 _LAST_LINES = 8
 _log = logging.getLogger(__name__)
@@ -120,22 +120,22 @@ def _shown(folder: Path, file: TextIO, log: Path | None) -> Iterator[None]:
         file: where to show it.
         log: the file that has FLARE's own lines; None if they go to ``file`` as well.
     """
-    stop, has_looked = threading.Event(), threading.Event()
+    stop, has_begun = threading.Event(), threading.Event()
 
     def show() -> None:
         try:
-            follower = JobFollower(folder, new_only=True)
-            has_looked.set()
-            follow(follower, stop, file=file, log=log)
+            follow(JobFollower(folder, new_only=True), stop, has_begun=has_begun, file=file, log=log)
         except Exception as error:  # noqa: BLE001  # the job must run on
             if not isinstance(error, BrokenPipeError) and not file.closed:  # else nobody reads any more: `| head`
                 _log.warning("the job runs on, but is not shown any more", exc_info=True)
         finally:
-            has_looked.set()
+            has_begun.set()
 
     shower = threading.Thread(target=show, name="trackhub-show", daemon=True)
     shower.start()
-    has_looked.wait(_LOOK_S)  # else the block's own job could be among those that were there before
+    # Otherwise the block's own job could be among those that were there before, and the first line could come in the
+    # middle of a line of the block: Python writes a line and its end one after the other.
+    has_begun.wait(_BEGIN_S)
     try:
         yield
     finally:

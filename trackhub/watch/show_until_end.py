@@ -29,39 +29,53 @@ _LINE_EVERY_S = 5.0
 
 
 def follow(
-    follower: JobFollower, stop: threading.Event, *, file: TextIO | None = None, log: Path | None = None
+    follower: JobFollower,
+    stop: threading.Event,
+    *,
+    has_begun: threading.Event | None = None,
+    file: TextIO | None = None,
+    log: Path | None = None,
 ) -> JobState:
     """Show a job until it has ended or ``stop`` is set, and return what was seen last. Blocks until then.
 
     Args:
         follower: looks at the job. If it looks for new jobs only, the show goes on until ``stop``.
         stop: ends the show.
+        has_begun: is set once something is shown.
         file: where to write; stdout by default.
         log: the file that has FLARE's own lines; None if the caller does not know of one.
     """
     file = sys.stdout if file is None else file
+    has_begun = has_begun or threading.Event()
     console = Console(file=file)
     if not file.isatty() or console.is_dumb_terminal:
-        return _show(follower, _Lines(file).show, stop, _LINE_EVERY_S)
+        return _show(follower, _Lines(file).show, has_begun, stop, _LINE_EVERY_S)
     # Without the alternate screen, the last state stays on the terminal, above what is printed next. rich must not
     # redirect what the script prints: `show_job` has redirected the descriptors.
     with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
-        return _show(follower, _Screen(live, log).show, stop, _DRAW_EVERY_S)
+        return _show(follower, _Screen(live, log).show, has_begun, stop, _DRAW_EVERY_S)
 
 
-def _show(follower: JobFollower, show: Callable[[JobState], None], stop: threading.Event, every_s: float) -> JobState:
+def _show(
+    follower: JobFollower,
+    show: Callable[[JobState], None],
+    has_begun: threading.Event,
+    stop: threading.Event,
+    every_s: float,
+) -> JobState:
     """Look and show, again and again.
 
     Args:
         follower: looks at the job.
         show: shows a state.
-        stop: as for `follow`.
+        has_begun, stop: as for `follow`.
         every_s: the pause between two looks, in seconds.
     """
     while True:
         is_last = stop.is_set()  # the job may have changed since the look before
         state = follower.look()
         show(state)
+        has_begun.set()
         if is_last or (state.has_ended() and not follower.new_only):
             return state
         stop.wait(every_s)
