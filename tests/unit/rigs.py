@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,9 @@ from tests.unit.readers_and_bad_backends import (
 )
 from trackhub.delivery import wire
 from trackhub.delivery.journal.journal import Journal
+from trackhub.delivery.lane.deliver_run import RunDelivery
 from trackhub.delivery.lane.lane import Lane
+from trackhub.delivery.lane.run_disk_room import RunDiskRoom
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.sender import Sender
@@ -205,3 +208,19 @@ def assert_all_arrived(rig: SenderRig, counts: wire.SiteCounts, report: Delivery
     assert report.sites[SITE].journaled == n
     assert report.undelivered() == 0
     assert report.lost() == 0
+
+
+def delivery_on(bench: Bench, backend: MemoryBackend, *, flush_s: float = 3600.0) -> RunDelivery:
+    """Return the delivery of the site's run to this backend."""
+    site = bench.journal.add_site(SITE, 1000.0)
+    info = RunInfo(JobInfo("job-1"), SITE, Side.SERVER, 1000.0, 0, bench.folder)
+    return RunDelivery(
+        "memory",
+        backend,
+        bench.journal,
+        site,
+        info,
+        room=RunDiskRoom(room_for_all(bench.folder), SITE),
+        flush_s=flush_s,
+        stop=threading.Event(),
+    )

@@ -8,7 +8,6 @@ the lane both look the same: one error, with one text. Receivers end in between,
 from __future__ import annotations
 
 import random
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,12 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.readers_and_bad_backends import MemoryBackend
-from tests.unit.rigs import SITE, Bench, poisoned, room_for_all, run_of
-from trackhub.delivery.lane.deliver_run import RunDelivery
-from trackhub.delivery.lane.run_disk_room import RunDiskRoom
+from tests.unit.rigs import SITE, Bench, delivery_on, poisoned, run_of
 from trackhub.delivery.report import RunReport
 from trackhub.errors import TransientError
-from trackhub.job_and_run_info import JobInfo, RunInfo, RunStatus, Side
+from trackhub.job_and_run_info import RunStatus
 from trackhub.spi import Redelivery
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -79,17 +76,7 @@ class Store:
 def deliver(bench: Bench, backend: MemoryBackend, turns: int) -> tuple[bool, RunReport]:
     """Deliver until all is done, or for so many turns, as one receiver. Return whether all is done, and the report."""
     site = bench.journal.add_site(SITE, 1000.0)
-    info = RunInfo(JobInfo("job-1"), SITE, Side.SERVER, 1000.0, 0, bench.folder)
-    run = RunDelivery(
-        "memory",
-        backend,
-        bench.journal,
-        site,
-        info,
-        room=RunDiskRoom(room_for_all(bench.folder), SITE),
-        flush_s=0.0,
-        stop=threading.Event(),
-    )
+    run = delivery_on(bench, backend, flush_s=0.0)
     for _ in range(turns):
         if run.is_idle():
             break

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,32 +10,16 @@ from typing import Any
 import pytest
 
 from tests.unit.readers_and_bad_backends import STREAM, WAIT_S, MemoryBackend, metric
-from tests.unit.rigs import SITE, Bench, failing, room_for_all, run_of
+from tests.unit.rigs import SITE, Bench, delivery_on, failing, run_of
 from trackhub.delivery.journal.tables_and_rows import Progress
 from trackhub.delivery.lane.deliver_run import RunDelivery
-from trackhub.delivery.lane.run_disk_room import RunDiskRoom
 from trackhub.delivery.share_last_disk_room import DiskRoom
 from trackhub.errors import JournalError, PermanentError, TransientError
-from trackhub.job_and_run_info import JobInfo, RunInfo, RunStatus, Side
+from trackhub.job_and_run_info import RunStatus
 from trackhub.records import Artifact, Blob, Kind, Metrics, Record
 from trackhub.spi import Entry, Redelivery, Results
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
-
-
-def delivery_on(bench: Bench, backend: MemoryBackend, *, flush_s: float = 3600.0) -> RunDelivery:
-    site = bench.journal.add_site(SITE, 1000.0)
-    info = RunInfo(JobInfo("job-1"), SITE, Side.SERVER, 1000.0, 0, bench.folder)
-    return RunDelivery(
-        "memory",
-        backend,
-        bench.journal,
-        site,
-        info,
-        room=RunDiskRoom(room_for_all(bench.folder), SITE),
-        flush_s=flush_s,
-        stop=threading.Event(),
-    )
 
 
 def store_end(bench: Bench, delivery: RunDelivery) -> None:

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from tests.unit.readers_and_bad_backends import new_spool, read_spool, settle_all, spool_of
+from tests.unit.readers_and_bad_backends import new_spool
+from tests.unit.test_writer_bad_values import count_of, payloads
 from trackhub.errors import RecordError
-from trackhub.records import Histogram, Image, Params, Payload, Summary, Tags
-from trackhub.spool.counts import StreamCount
-from trackhub.spool.reading import SpoolReader
+from trackhub.records import Histogram, Image, Params, Summary, Tags
 from trackhub.writer.writer import Writer
 
 torch = pytest.importorskip("torch")
@@ -29,17 +28,6 @@ LONG = "x" * (2 << 20)
 @pytest.fixture
 def writer(tmp_path: Path) -> Writer:
     return Writer(new_spool(tmp_path / "spool"))
-
-
-def payloads(writer: Writer) -> list[Payload]:
-    return [record.payload for records in read_spool(spool_of(writer).folder).values() for record in records]
-
-
-def count_of(writer: Writer) -> StreamCount:
-    reader = SpoolReader(spool_of(writer).folder, "server")
-    settle_all(reader, final=True)
-    (count,) = reader.counts().values()
-    return count
 
 
 @pytest.mark.parametrize(
