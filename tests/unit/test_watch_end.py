@@ -262,6 +262,7 @@ def test_how_to_look_at_a_running_job_is_said_once_for_each_backend(tmp_path: Pa
             assert writer.flush(20)
 
         log(1.0)
+        state_when(JobFollower(tmp_path), lambda state: bool(state.openings))  # the backend opens its run after that
         follow(JobFollower(tmp_path), Pauses(lambda: log(2.0), writer.close), file=shown)
 
     (path,) = tmp_path.glob("*/jsonl/**/local.jsonl")
