@@ -135,12 +135,12 @@ def test_a_limit_of_the_environment_that_is_no_number_is_named(
 @pytest.mark.parametrize(
     ("line", "keys"),
     [
-        (["status", "JOBS/good"], {"version", "journals", "spools"}),
+        (["status", "JOBS/good"], {"version", "journals", "spools", "errors"}),
         (["backends"], {"version", "spi", "backends"}),
         (["backends", "jsonl", "--check"], {"version", "checked"}),
         (["export", "JOBS/good", "--to", "a.csv"], {"version", "files", "problems"}),
         (["replay", "JOBS/good"], {"version", "journals", "undelivered", "errors"}),
-        (["prune", "JOBS/good"], {"version", "journals"}),
+        (["prune", "JOBS/good"], {"version", "journals", "errors"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -37,12 +37,13 @@ def prune(path: Path, as_json: bool) -> None:
 
     Example: trackhub prune runs
 
-    The JSON document is {"version": 1, "journals": [...]}. Each has path, removed (records by site), kept (why a site's
-    records stay, by site) and freed_bytes, or path and error.
+    The JSON document is {"version": 1, "journals": [...], "errors": [...]}. A journal has path, removed (records by
+    site), kept (why a site's records stay, by site) and freed_bytes, or path and error. errors names the folders below
+    PATH that this user may not read.
 
-    The exit status is 1 if a journal cannot be pruned, for example because its job still runs.
+    The exit status is 1 if a journal cannot be pruned, for example because its job still runs, or a folder not read.
     """
-    journals = find(path).journals
+    journals, _, unreadable = find(path)
     if not journals:
         raise ConfigError(f"there is no journal at or under {path}, only a spool, which deletes its own files")
     done: list[dict[str, Any]] = []
@@ -57,8 +58,8 @@ def prune(path: Path, as_json: bool) -> None:
         if not as_json:
             print_lines(*_lines(done[-1]))
     if as_json:
-        print_json({"version": JSON_VERSION, "journals": done})
-    errors = [one["error"] for one in done if "error" in one]
+        print_json({"version": JSON_VERSION, "journals": done, "errors": [*map(str, unreadable)]})
+    errors = [*(one["error"] for one in done if "error" in one), *map(str, unreadable)]
     for failed in errors:
         print_error(failed)
     if errors:

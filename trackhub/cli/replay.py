@@ -110,6 +110,7 @@ def replay(
         FOREVER_S if timeout_s is None else timeout_s,
         None if trust_journal else operator,
     )
+    work.errors += found.unreadable
     try:
         for spool, cursor in work.receivers(found.spools):
             work.deliver_spool(spool, cursor)

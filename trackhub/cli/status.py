@@ -60,7 +60,8 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
     dropped, refused or rejected, or if something cannot be read. It is also 1 if the job has ended, and left records
     or open runs to `trackhub replay`. Values that were left out of a record are shown, and are no error.
 
-    The JSON document is {"version": 1, "journals": [...], "spools": [...]}.
+    The JSON document is {"version": 1, "journals": [...], "spools": [...], "errors": [...]}. errors names the folders
+    below PATH that this user may not read.
 
     A journal has path, job, job_name, side, status, balanced, adds_up, undelivered, interrupted, delivering, problems,
     left_over, sites and lanes. balanced is true if all counts are known and add up. problems says in words what is
@@ -94,7 +95,8 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
     temporary = _temporary_spools(found.spools, [*journals, *spools])
     spools += temporary
     if as_json:
-        print_json({"version": JSON_VERSION, "journals": journals, "spools": spools})
+        document = {"version": JSON_VERSION, "journals": journals, "spools": spools}
+        print_json({**document, "errors": [*map(str, found.unreadable)]})
     else:
         for journal in journals:
             _show_journal(journal)
@@ -108,6 +110,7 @@ def status(paths: Sequence[Path], as_json: bool) -> None:
                 f"{spool['path']} holds records of this job: move it into {paths[0]}, and deliver with `{command}`"
             )
     errors = [part["error"] for part in (*journals, *spools) if "error" in part]
+    errors += map(str, found.unreadable)
     for error in errors:
         print_error(error)
     if errors or any(part["problems"] for part in (*journals, *spools)):

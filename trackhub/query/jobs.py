@@ -150,7 +150,7 @@ class StoredJobs(Sequence[StoredJob]):
     """The jobs at or under a path, the oldest first. Use it in a ``with`` block, or call ``close``.
 
     Attributes:
-        errors: the journals that cannot be read at all, each with the reason.
+        errors: the journals and folders that cannot be read at all, each with the reason.
     """
 
     def __init__(self, jobs: list[StoredJob], errors: list[JournalError]) -> None:
@@ -210,7 +210,7 @@ def read_jobs(*paths: str | Path) -> StoredJobs:
             "receiver has yet. `trackhub replay` delivers them"
         )
     by_job: dict[str, list[JournalFile]] = {}
-    errors = []
+    errors = [*found.unreadable]
     for file in found.journals:
         try:
             journal = JournalFile(file)

@@ -27,10 +27,17 @@ _SPOOL_MARK = "spool.json"
 
 
 class Found(NamedTuple):
-    """The journal files and spool folders at or under a path, each sorted."""
+    """The journal files and spool folders at or under a path, each sorted.
+
+    Attributes:
+        journals: the journal files.
+        spools: the spool folders.
+        unreadable: an error for each folder that this user may not read. It may hold more.
+    """
 
     journals: list[Path]
     spools: list[Path]
+    unreadable: list[JournalError]
 
 
 def find(path: Path) -> Found:
@@ -45,29 +52,33 @@ def find(path: Path) -> Found:
         ConfigError: there is no file or folder at this path, or it holds neither a journal nor a spool.
         JournalError: a folder may not be read, and nothing was found in the others.
     """
-    unreadable: list[OSError] = []
+    failed: list[OSError] = []
     try:
         if path.is_file() or (path.name == JOURNAL_NAME and is_journal_left(path)):
-            return Found([path], [])
+            return Found([path], [], [])
         if not path.is_dir():
             raise ConfigError(f"there is no {path}; expected a job's folder, a {JOURNAL_NAME} or a spool folder")
     except OSError as e:
-        unreadable.append(e)
+        failed.append(e)
     journals, spools = [], []
-    for folder, _, names in os.walk(path, onerror=unreadable.append):
+    for folder, _, names in os.walk(path, onerror=failed.append):
         if any(name.startswith(JOURNAL_NAME) for name in names) and is_journal_left(Path(folder, JOURNAL_NAME)):
             journals.append(Path(folder, JOURNAL_NAME))
         if _SPOOL_MARK in names:
             spools.append(Path(folder))
+    unreadable = [
+        JournalError(f"cannot look for journals: {error}; look as the user who owns it")
+        for error in failed
+        if isinstance(error, PermissionError)  # otherwise a job may have removed the folder just now
+    ]
     if not journals and not spools:
-        for error in unreadable:
-            if isinstance(error, PermissionError):  # otherwise a job may have removed the folder just now
-                raise JournalError(f"cannot look for journals: {error}; look as the user who owns it") from error
+        if unreadable:
+            raise unreadable[0]
         raise ConfigError(
             f"there is no journal ({JOURNAL_NAME}) and no spool ({_SPOOL_MARK}) at or under {path}. FLARE archives the "
             f"folder of a finished job: download the job first, and give the folder that it was downloaded to"
         )
-    return Found(sorted(journals), sorted(spools))
+    return Found(sorted(journals), sorted(spools), unreadable)
 
 
 def find_all(paths: Iterable[Path]) -> Found:
@@ -78,12 +89,14 @@ def find_all(paths: Iterable[Path]) -> Found:
     """
     journals: dict[Path, Path] = {}
     spools: dict[Path, Path] = {}
+    unreadable: list[JournalError] = []
     for path in paths:
         found = find(path)
+        unreadable += found.unreadable
         for known, parts in ((journals, found.journals), (spools, found.spools)):
             for part in parts:
                 known.setdefault(part.resolve(), part)  # one path may lie in another
-    return Found([*journals.values()], [*spools.values()])
+    return Found([*journals.values()], [*spools.values()], unreadable)
 
 
 def find_temporary_spools(jobs: Collection[str]) -> list[Path]:

@@ -166,9 +166,13 @@ def prune_older(folder: Path, keep_days: float) -> None:
         keep_days: how long records stay after the job's end, in days.
     """
     try:
-        journals = find(folder).journals
+        journals, _, unreadable = find(folder)
     except ConfigError:
         return
+    except JournalError as e:
+        journals, unreadable = [], [e]
+    for error in unreadable:
+        _log.warning("%s is not pruned: %s", folder, error)
     for path in journals:
         try:
             if time.time() - path.stat().st_mtime < keep_days * _DAY_S:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder or a journal that may not be read is named in a line. It ends no show."""
+"""A folder or a journal that may not be read is named in a line. It ends no command."""
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import trackhub
+from trackhub.cli import main
+from trackhub.delivery import prune_older
 from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.errors import JournalError
 from trackhub.watch.job_follower import JobFollower
@@ -72,3 +76,32 @@ def test_a_journal_that_becomes_unreadable_while_it_is_watched_is_a_problem(fold
 
     assert (before.name, before.problem) == ("a", "")
     assert "Permission denied" in after.problem
+
+
+@pytest.mark.parametrize("command", ["status", "replay", "prune", "export"])
+def test_a_command_does_what_it_can_and_names_the_folder_that_it_may_not_read(
+    folder: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.chmod(folder / "a", 0o700)
+    for path in (folder / "b", *(folder / "b").rglob("*")):
+        os.chown(path, 65534, 65534)
+    target = ["--to", str(folder / "b" / "all.csv")] if command == "export" else []
+    monkeypatch.setattr(sys, "argv", ["trackhub", command, str(folder), *target])
+    capsys.readouterr()
+
+    with another_user(), pytest.raises(SystemExit) as ended:
+        main()
+
+    said = capsys.readouterr()
+    assert f"cannot look for journals: [Errno 13] Permission denied: '{folder}/a'" in said.err
+    assert f"{folder}/b" in said.out
+    assert ended.value.code == (0 if command == "export" else 1)
+
+
+def test_a_folder_that_may_not_be_read_does_not_end_the_pruning_of_old_jobs(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with another_user(), caplog.at_level(logging.WARNING):
+        prune_older(folder, 1)
+
+    assert f"{folder} is not pruned: cannot look for journals: [Errno 13] Permission denied" in caplog.text
