@@ -25,7 +25,7 @@ from tests.unit.rigs import Bench, room_for_all
 from trackhub.delivery import wire
 from trackhub.delivery.lane.fair_turns import FairTurns
 from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads
-from trackhub.delivery.lane.run_disk_room import RunDiskRoom
+from trackhub.delivery.lane.wait_for_disk_room import RunDiskRoom
 from trackhub.job_and_run_info import RunStatus
 from trackhub.records import Blob, Image, Params, Record
 from trackhub.spi import BackendRun, Entry

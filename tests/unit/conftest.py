@@ -10,8 +10,8 @@ import pytest
 
 from tests.unit.rigs import Bench, SenderRig
 from trackhub.delivery import request_retry
+from trackhub.delivery.backoff import Backoff
 from trackhub.delivery.lane import file_uploads, retry_timer
-from trackhub.delivery.retry import Backoff
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from trackhub.delivery import wire
 from trackhub.delivery.journal.journal import Journal
 from trackhub.delivery.lane.deliver_run import RunDelivery
 from trackhub.delivery.lane.lane import Lane
-from trackhub.delivery.lane.run_disk_room import RunDiskRoom
+from trackhub.delivery.lane.wait_for_disk_room import RunDiskRoom
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import DeliveryReport, RunReport
 from trackhub.delivery.sender import Sender

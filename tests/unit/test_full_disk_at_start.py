@@ -33,7 +33,7 @@ from tests.unit.readers_and_bad_backends import (
     small_disk,
 )
 from trackhub.delivery import receiver as receiver_module
-from trackhub.delivery import retry_failed_start, wire
+from trackhub.delivery import retry_receiver_start, wire
 from trackhub.delivery.journal.journal import JOURNAL_NAME
 from trackhub.delivery.receiver import Receiver
 from trackhub.environment_trouble import is_environment_trouble
@@ -102,7 +102,7 @@ def ext4(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def try_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry_failed_start, "_TRY_EVERY_S", 0.0)
+    monkeypatch.setattr(retry_receiver_start, "_TRY_EVERY_S", 0.0)
 
 
 @pytest.fixture(params=["tmpfs", "ext4"])

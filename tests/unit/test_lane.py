@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from tests.unit.readers_and_bad_backends import WAIT_S, MemoryBackend, metric
 from tests.unit.rigs import SITE, Bench, Consuming, Odd, failing, poisoned, run_of
+from trackhub.delivery.backoff import Backoff
 from trackhub.delivery.lane.lane import Lane
-from trackhub.delivery.retry import Backoff
 from trackhub.delivery.wire import Batch
 from trackhub.errors import PermanentError, TransientError
 from trackhub.framing import encode_frame

@@ -21,7 +21,7 @@ import trackhub
 from tests.conftest import MakePlugin
 from tests.unit.local_runs import FAST, lines, open_local, report_of
 from tests.unit.readers_and_bad_backends import assert_balanced, small_disk
-from trackhub.delivery import retry_failed_start
+from trackhub.delivery import retry_receiver_start
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import read_report
 from trackhub.delivery.report_text import format_report
@@ -268,7 +268,7 @@ def fill(disk: Path, free: int = 0) -> Path:
 def test_a_full_disk_at_the_start_fails_no_script_and_tracking_begins_with_the_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:
-    monkeypatch.setattr(retry_failed_start, "_TRY_EVERY_S", 0.05)
+    monkeypatch.setattr(retry_receiver_start, "_TRY_EVERY_S", 0.05)
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         filler = fill(disk, free)
         with open_local(disk / "runs", job="j") as writer:

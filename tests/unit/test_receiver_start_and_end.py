@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.readers_and_bad_backends import batch_of, metric
 from trackhub.delivery import receiver as receiver_module
-from trackhub.delivery import retry_failed_start, wire
+from trackhub.delivery import retry_receiver_start, wire
 from trackhub.delivery.federation.federation_run import FederationOptions, FederationRun
 from trackhub.delivery.job_in_journal import JobInJournal
 from trackhub.delivery.journal.read_only import read_journal_meta
@@ -45,7 +45,7 @@ def test_after_any_error_of_a_start_the_requests_of_two_seconds_cause_no_other(
         starts.append(1)
         raise OSError(errno.ENOSPC, "full") if len(starts) == 1 else RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(retry_failed_start, "_TRY_EVERY_S", 3600.0)
+    monkeypatch.setattr(retry_receiver_start, "_TRY_EVERY_S", 3600.0)
     monkeypatch.setattr(receiver_module, "set_up_backends", fails)
     receiver = make(tmp_path)
     receiver.start()

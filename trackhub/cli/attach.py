@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``trackhub attach``: add tracking to an exported job. `trackhub.flare.job_folder` does the work."""
+"""``trackhub attach``: add tracking to an exported job. `trackhub.flare.attach_to_job_folder` does the work."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def attach(folder: Path, server: Sequence[str], client: Sequence[str], dry_run: 
     The exit status is 1 if something is left to do by hand.
     """
     try:
-        from trackhub.flare.job_folder import clients_of, plan_attach, write_changes
+        from trackhub.flare.attach_to_job_folder import clients_of, plan_attach, write_changes
         from trackhub.flare.recipe import tracking_components
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in {"nvflare", "pyhocon", "yaml"}:

@@ -18,7 +18,7 @@ import msgspec
 
 from trackhub import registry
 from trackhub.cli.backend_option_help import option_help
-from trackhub.cli.operator_check import check_operator_file
+from trackhub.cli.check_operator_file import check_operator_file
 from trackhub.cli.output import print_json, print_lines, print_table
 from trackhub.errors import PluginError
 from trackhub.spi import SPI_VERSION, Backend, Capabilities, KeyRule, OptionMark

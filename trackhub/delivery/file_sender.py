@@ -14,8 +14,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from trackhub.delivery.backoff import Backoff
 from trackhub.delivery.request_retry import Exchange
-from trackhub.delivery.retry import Backoff
 from trackhub.delivery.wire import Accepted, Busy, Chunk
 from trackhub.open_without_links import open_plain
 from trackhub.records import Blob

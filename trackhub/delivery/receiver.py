@@ -32,7 +32,7 @@ from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.lane.lanes_of_receiver import EXTRA_S, Lanes
 from trackhub.delivery.report import DeliveryReport
 from trackhub.delivery.report_text import leave_report
-from trackhub.delivery.retry_failed_start import StartRetry
+from trackhub.delivery.retry_receiver_start import StartRetry
 from trackhub.delivery.set_up_backend import set_up_backends
 from trackhub.delivery.share_last_disk_room import DiskRoom
 from trackhub.delivery.turn_away_when_busy import Admission

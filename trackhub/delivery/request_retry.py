@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from trackhub.delivery.backoff import Backoff
 from trackhub.delivery.batch_size_and_timeout import BatchPace
 from trackhub.delivery.channel import Channel, ChannelError
-from trackhub.delivery.retry import Backoff
 from trackhub.delivery.wire import Batch, Busy, Reply, Request, decode_reply, encode
 
 __all__ = ["Exchange"]

@@ -19,8 +19,8 @@ import msgspec
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.count_spool_passes import SpoolPasses
 from trackhub.delivery.file_sender import FileSender, Ready
-from trackhub.delivery.messages_to_receiver import Session
 from trackhub.delivery.request_retry import Exchange
+from trackhub.delivery.sender_session import Session
 from trackhub.delivery.wire import (
     MAX_STREAMS,
     Accepted,

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from trackhub.delivery.federation.last_value_per_key import RowDigest, is_step_its_round
+from trackhub.delivery.federation.row_digest import RowDigest, is_step_its_round
 from trackhub.job_and_run_info import FEDERATION, SERVER
 from trackhub.printable import printable
 from trackhub.records import MAX_KEY_CHARS, Metrics, Record

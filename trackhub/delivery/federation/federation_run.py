@@ -24,7 +24,7 @@ from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.check_received_batch import KnownKeys, RefusedRecordError
 from trackhub.delivery.federation.aggregation import JOB_ENDED, Aggregation, Output
 from trackhub.delivery.federation.delivery_health import DeliveryHealth
-from trackhub.delivery.federation.last_value_per_key import KnownRows, RowDigest
+from trackhub.delivery.federation.row_digest import KnownRows, RowDigest
 from trackhub.delivery.journal.journal import WAIT_S, Journal
 from trackhub.delivery.journal.tables_and_rows import FEDERATION_ROW, Row, stored_records
 from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts

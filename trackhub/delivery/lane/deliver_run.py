@@ -32,7 +32,7 @@ from trackhub.delivery.lane.entry_reader import EntryReader
 from trackhub.delivery.lane.file_uploads import FileQueue, FileUploads, is_file
 from trackhub.delivery.lane.isolate_bad_record import Isolation
 from trackhub.delivery.lane.retry_timer import RetryTimer
-from trackhub.delivery.lane.run_disk_room import RunDiskRoom
+from trackhub.delivery.lane.wait_for_disk_room import RunDiskRoom
 from trackhub.errors import JournalError, PermanentError, TransientError
 from trackhub.job_and_run_info import RunInfo, RunStatus
 from trackhub.open_without_links import make_private_folder

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from trackhub.delivery.backoff import Backoff
 from trackhub.delivery.lane.checked_answers import checked_report, checked_wait_s
 from trackhub.delivery.lane.describe_record import named_rejection
-from trackhub.delivery.lane.run_disk_room import RunDiskRoom
-from trackhub.delivery.retry import Backoff
+from trackhub.delivery.lane.wait_for_disk_room import RunDiskRoom
 from trackhub.errors import PermanentError
 from trackhub.mark_own_threads import OwnThread
 from trackhub.records import KIND_OF, Artifact, Image, Kind

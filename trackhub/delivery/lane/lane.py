@@ -23,7 +23,7 @@ from trackhub.delivery.journal.tables_and_rows import RunState
 from trackhub.delivery.lane.deliver_run import RunDelivery
 from trackhub.delivery.lane.fair_turns import FairTurns
 from trackhub.delivery.lane.file_uploads import FileUploads
-from trackhub.delivery.lane.run_disk_room import RunDiskRoom
+from trackhub.delivery.lane.wait_for_disk_room import RunDiskRoom
 from trackhub.delivery.lane.where_to_look_notice import OpeningNotice
 from trackhub.delivery.share_last_disk_room import DiskRoom
 from trackhub.environment_trouble import is_environment_trouble

@@ -2,15 +2,15 @@
 """When a lane may call a backend again for one run, after a call failed.
 
 `RunDelivery` tells the timer of failures and successes; `Lane` asks it when to come back. The waits are those of
-`retry.Backoff`, or longer where the backend asks for it.
+`backoff.Backoff`, or longer where the backend asks for it.
 """
 
 from __future__ import annotations
 
 import time
 
+from trackhub.delivery.backoff import Backoff
 from trackhub.delivery.lane.checked_answers import checked_wait_s
-from trackhub.delivery.retry import Backoff
 
 __all__ = ["RetryTimer"]
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from trackhub.delivery.retry import Backoff
+from trackhub.delivery.backoff import Backoff
 
 
 def test_waits_double_up_to_their_limit_and_start_again_after_a_reset() -> None:
