@@ -15,6 +15,7 @@ from PIL import Image as Pillow
 
 from tests.unit.readers_and_bad_backends import new_spool, read_spool, spool_of
 from tests.unit.test_writer_bad_values import Evil, count_of, payloads
+from tests.unit.test_wrong_calls import dropped
 from trackhub.records import Artifact, Histogram, Image, Metrics, Params, Table, Tags, Text
 from trackhub.spool.reading import SpoolReader
 from trackhub.writer.adapters import WandBWriter
@@ -97,6 +98,41 @@ def test_one_value_that_raises_costs_itself_and_no_neighbour(tmp_path: Path) -> 
     assert {type(found) for found in logged(writer)} == {Metrics, Image, Text}
     counts = SpoolReader(spool_of(writer).folder, "server").counts().values()
     assert [count.altered for count in counts if count.altered] == [{"invalid_value": 1}]
+
+
+class NoRows:
+    """Looks like a DataFrame, but its rows cannot be read: so does cuDF's."""
+
+    columns = ("a",)
+    shape = (1, 1)
+
+    def itertuples(self, **kwargs: Any) -> Any:
+        raise TypeError("cuDF does not support iteration of DataFrame via itertuples")
+
+
+CustomChart = type("CustomChart", (), {"__module__": "wandb.viz"})  # as in an old W&B: without a table
+BareHistogram = type("Histogram", (), {"__module__": "wandb.sdk"})
+
+
+@pytest.mark.parametrize("odd", [NoRows(), CustomChart(), BareHistogram()], ids=lambda odd: type(odd).__name__)
+def test_a_value_that_fails_while_it_is_read_costs_only_itself(
+    tmp_path: Path, odd: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = Writer(new_spool(tmp_path / "spool"))
+    pixels = Pillow.new("L", (2, 2))
+    table = wandb.Table(columns=["a", "b"], data=[[1, 2]])
+    table.data[0][1] = odd
+    WandBWriter(writer=writer).log(
+        {"odd": odd, "several": [odd, pixels], "table": table, "note": "text", "loss": 0.5}, 3
+    )
+
+    found = payloads(writer)
+    assert Metrics({"loss": 0.5}) in found
+    assert Text("note", "text") in found
+    assert {p.key for p in found if isinstance(p, Table | Image)} == {"table", "several/1"}
+    in_table = 0 if isinstance(odd, NoRows) else 1  # any other object in a cell is logged as its text
+    assert dropped(writer) == {"invalid_value": 2 + in_table}
+    assert "log: value 'odd' cannot be read: " in caplog.text
 
 
 @pytest.mark.parametrize("config", [{"lr": 0.1}, argparse.Namespace(lr=0.1), collections.UserDict(lr=0.1)])

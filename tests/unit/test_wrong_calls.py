@@ -117,6 +117,61 @@ def test_an_empty_text_is_not_the_current_folder(
     assert sum(dropped(writer).values()) == 2
 
 
+def test_a_method_without_a_record_takes_arguments_of_any_name(writer: Writer) -> None:
+    wandb: Any = WandBWriter(writer=writer)
+    wandb.watch("model", method="gradients", self=1)
+
+    assert dropped(writer) == {"unconvertible": 1}
+
+
+class NoKind:
+    """Its class cannot be asked for, as that of a dead weak reference or of a proxy without an object."""
+
+    @property
+    def __class__(self) -> Any:
+        raise ReferenceError("weakly-referenced object no longer exists")
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None: ...
+
+
+class NoFloat(float):
+    def __float__(self) -> float:
+        raise RuntimeError("float")
+
+
+@pytest.mark.parametrize("odd", [NoKind, NoFloat])
+def test_a_metric_that_raises_whatever_it_is_asked_costs_only_itself(writer: Writer, odd: Any) -> None:
+    for _ in range(2):  # the second time, the keys are known
+        writer.log({"loss": 1.0, "x": odd()})
+        WandBWriter(writer=writer).log({"loss": 1.0, "x": odd()})
+        writer.log({"loss": 1.0, "x": 2.0})
+
+    assert payloads(writer).count(Metrics({"loss": 1.0})) == 4
+
+
+def test_a_call_that_fails_before_its_value_is_known_is_warned_of_with_its_key(
+    writer: Writer, caplog: pytest.LogCaptureFixture
+) -> None:
+    MLflowWriter(writer=writer).log_figure(5, "plots/roc.png")
+
+    assert "log_figure('plots/roc.png'): TypeError: a int is not a figure" in caplog.text
+
+
+class LateTable:
+    """Looks like a DataFrame, and its rows cannot be read."""
+
+    columns = ("a",)
+
+    def itertuples(self, **kwargs: Any) -> Any:
+        raise TypeError("rows")
+
+
+BARE_KINDS = [  # W&B's types, without any of their attributes
+    type(kind, (), {"__module__": "wandb.x"})() for kind in ("Image", "Histogram", "Table", "CustomChart", "Html")
+]
+
+
 class EvilMapping(dict[str, Any]):
     def __iter__(self) -> Iterator[str]:
         raise RuntimeError("keys")
@@ -124,7 +179,8 @@ class EvilMapping(dict[str, Any]):
 
 TEXT = st.text().filter(lambda text: not os.path.isdir(text))  # "." or "/" would log all that is in that folder
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), TEXT, st.builds(Evil), st.builds(object),
+    st.none(), st.booleans(), st.integers(), st.floats(), TEXT, st.builds(Evil), st.builds(object), st.builds(NoFloat),
+    st.builds(NoKind), st.builds(LateTable), st.sampled_from(BARE_KINDS),
     st.builds(EvilMapping, st.just({"a": 1})),
     st.sampled_from([np.int64(3), np.ones(2), np.zeros((0,)), np.ma.masked, 1j, int]),
 )  # fmt: skip

@@ -89,7 +89,7 @@ class AdapterBase:
                 return functools.partial(self._count, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def _count(self, method: str, *args: Any, **kwargs: Any) -> None:
+    def _count(self, method: str, /, *args: Any, **kwargs: Any) -> None:
         """Count a call as dropped, whatever its arguments are, and warn once about this method.
 
         Raises:

@@ -124,11 +124,13 @@ def known_numbers(metrics: Any, known_keys: set[str]) -> dict[str, float] | None
     if type(metrics) is not dict:
         return None
     for key, value in metrics.items():
-        if type(key) is not str or key not in known_keys or not isinstance(value, float | int):
+        if type(key) is not str or key not in known_keys or not issubclass(type(value), float | int):
             return None
         try:
             found[key] = float(value)
-        except OverflowError:
+        except Exception as e:  # `read_metrics` then finds which value it is
+            if raised_by_signal_handler(e):
+                raise
             return None
     return found
 

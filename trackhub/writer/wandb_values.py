@@ -12,6 +12,7 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trackhub.errors import SpoolError
 from trackhub.writer.convert_figures_and_tables import table_of
 from trackhub.writer.plain_values import raised_by_signal_handler
 from trackhub.writer.values import BadValues, pairs_of, require_new
@@ -39,7 +40,7 @@ def log_values(writer: Writer, values: Any, step: Any = None) -> None:
     numbers: dict[str, Any] = {}
     calls: dict[str, _Call] = {}
     try:
-        if not isinstance(values, Mapping) or all(isinstance(value, int | float) for value in values.values()):
+        if not isinstance(values, Mapping) or all(issubclass(type(value), int | float) for value in values.values()):
             writer.log(values, step)
             return
         for key, value in pairs_of("log", values, bad):
@@ -49,12 +50,36 @@ def log_values(writer: Writer, values: Any, step: Any = None) -> None:
         return
     writer._note_left_out("log", bad, has_rest=bool(numbers or calls))
     for key, call in calls.items():
-        call(writer, key, step)
+        _log_one(call, writer, key, step)
     writer.log(numbers, step)
 
 
+def _log_one(call: _Call, writer: Writer, key: str, step: Any) -> None:
+    """Log one value. If it cannot be read, count it as dropped.
+
+    Args:
+        call: logs the value. A foreign value is read only now, and may raise anything.
+        writer: the writer to log with.
+        key: the value's key.
+        step: the step.
+
+    Raises:
+        RecordError, SpoolError: only if the writer is strict.
+    """
+    try:
+        call(writer, key, step)
+    except SpoolError:  # the writer is strict and closed
+        raise
+    except Exception as e:  # noqa: BLE001  # a foreign value may raise anything
+        bad = BadValues(strict=writer._strict)
+        bad.add("value", key, e)
+        writer._note_left_out("log", bad, has_rest=False)
+
+
 def _sort_out(key: str, value: Any, numbers: dict[str, Any], calls: dict[str, _Call], bad: BadValues) -> None:
-    """Put a value where it belongs. What is of no known kind goes to the numbers, where ``Writer.log`` counts it.
+    """Put a value into ``numbers`` or ``calls``.
+
+    A value of an unknown type goes into ``numbers``: ``Writer.log`` then counts it.
 
     Args:
         key: the key.
@@ -65,7 +90,7 @@ def _sort_out(key: str, value: Any, numbers: dict[str, Any], calls: dict[str, _C
     """
     try:
         require_new(key, ChainMap[str, Any](numbers, calls))
-    except Exception as e:  # noqa: BLE001  # `add` sorts out what may be counted
+    except Exception as e:  # noqa: BLE001  # `add` raises the error of a signal handler again
         bad.add("value", key, e)
         return
     try:
@@ -94,13 +119,16 @@ def _call_for(value: Any) -> _Call | None:
         return lambda writer, key, step: writer.log_image(key, image[0], step, image[1])
     if hasattr(value, "iter_rows") or hasattr(value, "itertuples"):  # a DataFrame of polars or pandas
         return lambda writer, key, step: _log_table(writer, key, *table_of(value), step)
-    if hasattr(value, "dtype") and math.prod(getattr(value, "shape", ())) != 1:  # an array, as W&B does
+    if hasattr(value, "dtype") and math.prod(getattr(value, "shape", ())) != 1:  # an array; W&B makes a histogram too
         return lambda writer, key, step: writer.log_histogram(key, value, step)
     return _call_for_wandb(value)
 
 
 def _call_for_list(values: list[Any] | tuple[Any, ...]) -> _Call | None:
-    """Return the function that logs each value under a key such as ``<key>/0``. None for texts and for numbers."""
+    """Return the function that logs each value under a key such as ``<key>/0``.
+
+    None if there is no value, or if one of them is a text, a number or of an unknown type.
+    """
     calls = [None if isinstance(one, str) else _call_for(one) for one in values]
     known = [call for call in calls if call is not None]
     if not known or len(known) < len(calls):
@@ -108,7 +136,7 @@ def _call_for_list(values: list[Any] | tuple[Any, ...]) -> _Call | None:
 
     def log_each(writer: Writer, key: str, step: Any) -> None:
         for i, call in enumerate(known):
-            call(writer, f"{key}/{i}", step)
+            _log_one(call, writer, f"{key}/{i}", step)
 
     return log_each
 
@@ -147,7 +175,7 @@ def _log_table(writer: Writer, key: str, columns: Any, rows: Any, step: Any) -> 
         for j, cell in enumerate(cells):
             if _is_of_wandb(cell) and (call := _call_for(cell)) is not None:
                 cells[j] = f"{key}/{i}/{columns[j]}"
-                call(writer, cells[j], step)
+                _log_one(call, writer, cells[j], step)
         plain.append(cells)
     writer.log_table(key, columns, plain, step)
 

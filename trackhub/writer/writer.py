@@ -466,10 +466,11 @@ def _warn(method: str, reason: str, keys: tuple[str, ...], error: RecordError | 
         return
     _warned.add(about)
     said = shown_error(error, 500)
-    if not said.startswith(method):
-        named = [key for key in keys[:_MAX_NAMED] if key not in said]
-        more = ", ..." if named and len(keys) > _MAX_NAMED else ""
-        said = f"{method}({', '.join(named)}{more}): {said}" if named else f"{method}: {said}"
+    if named := [key for key in keys[:_MAX_NAMED] if key not in said]:
+        more = ", ..." if len(keys) > _MAX_NAMED else ""
+        said = f"{method}({', '.join(named)}{more}): {said.removeprefix(f'{method}: ')}"
+    elif not said.startswith(method):
+        said = f"{method}: {said}"
     _log.warning(
         "tracking left something out (%s): %s. Training goes on. If it happens again, it is counted without a "
         "warning", reason, said,
