@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import glob
 import logging
 import os
 import sys
@@ -85,7 +86,7 @@ class _Delivery:
         withdraw_process_spool(self.spool)
         # Note the status first, since the process may be killed at any time from here on.
         self._receiver.note_status(status)
-        if (self.spool / "spool.json").exists():
+        if os.path.exists(self.spool / "spool.json"):
             with contextlib.suppress(SpoolError):  # the sender tries it again
                 close_spool(self.spool)
         deadline_s = None
@@ -314,7 +315,8 @@ def _check_name(runs_dir: Path, job: JobInfo) -> None:
 
     A folder with the same name as well is a copy of the run, such as a backup.
     """
-    for spool in runs_dir.glob("*/trackhub/spool"):
+    for found in glob.glob("*/trackhub/spool", root_dir=runs_dir, include_hidden=True):
+        spool = runs_dir / found
         with contextlib.suppress(SpoolError):  # another program's folder, or one that cannot be read
             info = read_spool_info(spool)
             name = info.name or info.job

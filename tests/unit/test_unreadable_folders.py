@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import trackhub
@@ -18,6 +19,7 @@ from trackhub.cli import main
 from trackhub.delivery import prune_older
 from trackhub.delivery.journal.find_journals_and_spools import find
 from trackhub.errors import JournalError
+from trackhub.page.render import write_report
 from trackhub.watch.job_follower import JobFollower
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="the test becomes another user, and only root can")
@@ -105,3 +107,48 @@ def test_a_folder_that_may_not_be_read_does_not_end_the_pruning_of_old_jobs(
         prune_older(folder, 1)
 
     assert f"{folder} is not pruned: cannot look for journals: [Errno 13] Permission denied" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o744])
+def test_a_run_begins_beside_a_folder_that_its_user_may_not_search(folder: Path, mode: int) -> None:
+    """The first is another user's run, or ``lost+found``. The second may be listed, and no file in it looked at."""
+    os.chmod(folder, 0o777)
+    for path in (folder / "a", folder / "b" / "trackhub"):
+        os.chmod(path, mode)
+
+    with another_user(), trackhub.local(["jsonl"], folder=folder, job="c", name="mine", quiet=True) as writer:
+        writer.log({"loss": 1.0})
+
+    assert writer.report is not None
+    assert writer.report.is_complete()
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o744])
+def test_a_folder_that_may_not_be_searched_hides_no_other_journal(folder: Path, mode: int) -> None:
+    os.chmod(folder / "a" / "trackhub", mode)
+    os.chmod(folder / "b" / "trackhub", 0o755)
+    with another_user():
+        found = find(folder)
+
+    assert found.journals == [folder / "b" / "trackhub" / "trackhub.db"]
+    assert any(f"{folder}/a/trackhub" in str(error) for error in found.unreadable)
+
+
+@pytest.mark.parametrize("closed", ["blobs", "blobs/local", "blobs/local/*"])
+def test_a_report_leaves_out_an_image_that_may_not_be_read(folder: Path, closed: str) -> None:
+    pytest.importorskip("plotly", reason="plotly is not installed; it is in the extra report")
+    with trackhub.local(["jsonl"], folder=folder, job="c", quiet=True) as writer:
+        writer.log_image("digit", np.zeros((4, 4)))
+        writer.log({"loss": 1.0})
+    for path in (folder / "c", *(folder / "c").rglob("*")):
+        os.chown(path, 65534, 65534)
+    (path,) = (folder / "c" / "trackhub").glob(closed)
+    os.chown(path, 0, 0)
+    os.chmod(path, 0)
+
+    with another_user():
+        write_report([folder / "c"], folder / "c" / "report.html")
+
+    assert "1 images are not shown: too many, too large, missing, unreadable" in (
+        (folder / "c" / "report.html").read_text(encoding="utf-8")
+    )

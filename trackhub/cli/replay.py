@@ -218,7 +218,7 @@ class _Work:
             self._from_spools.setdefault(journal, []).append(f"  {spool}: what the {cursor} side did not get")
         else:
             self._done.append(f"  {spool}: the {cursor} side has had all of it")
-        if journal not in self.journals and journal.exists() and (report is None or self._from_start):
+        if journal not in self.journals and os.path.exists(journal) and (report is None or self._from_start):
             self.journals.append(journal)  # an earlier replay of this spool has made it, and may have left records
 
     def deliver_journal(self, journal: Path) -> None:

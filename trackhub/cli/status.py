@@ -7,6 +7,7 @@ changing them.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -185,7 +186,7 @@ def _spool_problems(folder: Path, receivers: Mapping[str, Mapping[str, Any]]) ->
     for receiver, counts in receivers.items():
         left = counts["spooled"] + counts["unreadable"]
         lock = folder / f"{receiver}.lock"
-        if left and (is_free(lock) or not lock.exists()):
+        if left and (is_free(lock) or not os.path.exists(lock)):
             problems.append(f"{left:,} records have not arrived at the {receiver} side")
         if lost := sum(counts["dropped"].values()) + sum(counts["refused"].values()):
             problems.append(f"{lost:,} records were dropped or refused")

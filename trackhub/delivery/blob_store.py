@@ -8,6 +8,7 @@ the pieces.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import mimetypes
 import os
@@ -108,9 +109,10 @@ class BlobStore:
 
         A site keeps the file until its record is stored, so a replay can still send it. Never raises.
         """
-        for path in [*self._folder.glob("*/*.part"), *self._folder.glob(f"*/*{_UNNAMED}")]:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        for end in (".part", _UNNAMED):
+            for path in glob.glob(f"*/*{end}", root_dir=self._folder, include_hidden=True):
+                with contextlib.suppress(OSError):
+                    (self._folder / path).unlink()
         self._unnamed.clear()
 
     def answer(self, site: str, chunk: Chunk) -> tuple[Reply, bool]:
@@ -239,7 +241,8 @@ class BlobStore:
 
 
 def _is_plain(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
+    # `Path.is_file` would raise for a folder that this user may not search.
+    return os.path.isfile(path) and not os.path.islink(path)
 
 
 def _sync(path: Path) -> None:

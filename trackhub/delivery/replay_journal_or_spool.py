@@ -219,7 +219,7 @@ def _left_after_rewind(spool: Path, cursor: str, journal: Path) -> int | None:
 
 def _meta_for_spool(spool: Path, journal: Path, backends: Backends | None) -> dict[str, str]:
     """Return what the journal says about the job. Empty if no receiver has started with this journal."""
-    meta = read_journal_meta(journal) if journal.exists() else {}
+    meta = read_journal_meta(journal) if os.path.exists(journal) else {}
     if "backends" in meta:
         return meta
     if not _stands_in(journal) and not meta:
@@ -407,7 +407,7 @@ def _refuse_ways_out(folder: Path, run_dir: Path) -> None:
     Raises:
         ConfigError: something in it, such as a symbolic or a hard link, would redirect writes to another place.
     """
-    if folder.is_symlink() or not folder.is_dir():
+    if os.path.islink(folder) or not os.path.isdir(folder):
         return  # the receiver makes the folder, and follows no link in its place
     try:
         problem = find_way_out(folder, run_dir)

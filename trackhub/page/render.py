@@ -181,7 +181,9 @@ def _left_out(jobs: int, runs: Sequence[RunData], images: int) -> list[str]:
     if keys := sum(run.left_out for run in runs):
         found.append(f"{keys:,} values are not shown, since there are too many keys; `trackhub export` has them.")
     if images:
-        found.append(f"{images:,} images are not shown: too many, too large, missing, or neither PNG nor JPEG.")
+        found.append(
+            f"{images:,} images are not shown: too many, too large, missing, unreadable, or neither PNG nor JPEG."
+        )
     return found
 
 

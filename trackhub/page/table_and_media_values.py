@@ -322,11 +322,14 @@ def _place(logged: Logged) -> dict[str, Any]:
 
 
 def _image(job: StoredJob, site: str, logged: Logged) -> str | None:
-    """Return an image as a data URL. None if it is not there, too large, or neither PNG nor JPEG."""
+    """Return an image as a data URL. None if it is not there, unreadable, too large, or neither PNG nor JPEG."""
     path = job.blob_path(site, logged.payload.blob)
-    if path is None or path.stat().st_size > MAX_IMAGE_BYTES:
+    try:
+        if path is None or path.stat().st_size > MAX_IMAGE_BYTES:
+            return None
+        data = path.read_bytes()
+    except OSError:  # another user's file, or a disk in trouble
         return None
-    data = path.read_bytes()
     # The content decides, not the name: an SVG that a site calls a PNG may hold a script.
     kind = next((name for start, name in _IMAGE_TYPES if data.startswith(start)), None)
     return None if kind is None else f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -325,8 +325,11 @@ def lock_cursor(folder: Path, cursor: str) -> ProcessLock:
 
 
 def has_streams(folder: Path) -> bool:
-    """Return whether any process has logged to this spool."""
-    return any(folder.glob("*.ledger")) or any(folder.glob("*.retired"))
+    """Return whether any process has logged to this spool. False if the folder cannot be read."""
+    try:
+        return any(name.endswith((".ledger", ".retired")) for name in os.listdir(folder))
+    except OSError:
+        return False
 
 
 def segment_name(stream: str, segment: int) -> str:

@@ -8,6 +8,7 @@ none, and makes a `JobState` of them.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -96,7 +97,7 @@ class JobFollower:
         except JournalError as error:
             return str(error)
         except ConfigError:
-            missing = "" if self._folder.exists() else ", and there is no such folder"
+            missing = "" if os.path.exists(self._folder) else ", and there is no such folder"
             return f"no receiver has begun in {self._folder} yet{missing}"
         return ""
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import tempfile
 from collections.abc import Collection, Iterable
@@ -61,12 +62,17 @@ def find(path: Path) -> Found:
     except OSError as e:
         failed.append(e)
     journals, spools = [], []
+    unreadable: list[JournalError] = []
     for folder, _, names in os.walk(path, onerror=failed.append):
-        if any(name.startswith(JOURNAL_NAME) for name in names) and is_journal_left(Path(folder, JOURNAL_NAME)):
-            journals.append(Path(folder, JOURNAL_NAME))
+        if any(name.startswith(JOURNAL_NAME) for name in names):
+            try:
+                if is_journal_left(Path(folder, JOURNAL_NAME)):
+                    journals.append(Path(folder, JOURNAL_NAME))
+            except JournalError as e:  # this user may list the folder, and not search it
+                unreadable.append(e)
         if _SPOOL_MARK in names:
             spools.append(Path(folder))
-    unreadable = [
+    unreadable += [
         JournalError(f"cannot look for journals: {error}; look as the user who owns it")
         for error in failed
         if isinstance(error, PermissionError)  # otherwise a job may have removed the folder just now
@@ -105,7 +111,8 @@ def find_temporary_spools(jobs: Collection[str]) -> list[Path]:
     Only this user's folders count: anybody may make one there. Never raises.
     """
     found = []
-    for folder in sorted(Path(tempfile.gettempdir()).glob(f"{TEMPORARY_SPOOL}*")):
+    for name in sorted(glob.glob(f"{TEMPORARY_SPOOL}*", root_dir=tempfile.gettempdir())):
+        folder = Path(tempfile.gettempdir(), name)
         with contextlib.suppress(OSError, SpoolError):
             if folder.lstat().st_uid == os.geteuid() and read_spool_info(folder).job in jobs:
                 found.append(folder)
@@ -120,15 +127,13 @@ def find_interrupted(folder: Path) -> list[Path]:
     Args:
         folder: the folder of the runs' folders.
     """
-    try:
-        runs = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
-    except OSError:
-        return []
+    runs = sorted(Path(folder, run) for run in glob.glob("*/", root_dir=folder, include_hidden=True))
     return [run for run in runs if is_interrupted(run / "trackhub" / JOURNAL_NAME)]
 
 
 def is_interrupted(journal: Path) -> bool:
-    """Return whether a journal's receiver died before it made its report. False if this is not known."""
-    if journal.with_name(REPORT_NAME).exists() or not journal.exists():
+    """Return whether a journal's receiver died before it made its report. False if this is not known. Never raises."""
+    # `Path.exists` would raise for a folder that this user may not search, such as another user's run.
+    if os.path.exists(journal.with_name(REPORT_NAME)) or not os.path.exists(journal):
         return False
     return is_free(journal.with_suffix(".lock"))

@@ -56,7 +56,7 @@ def lock_journal(path: Path) -> ProcessLock:
                     "until it ends"
                 ) from e
         except OSError as e:
-            what = "open" if path.exists() else "create"
+            what = "open" if os.path.exists(path) else "create"
             raise JournalError(
                 f"cannot {what} the journal {path}: {e}; its folder must be writable and have free space"
             ) from e
@@ -77,7 +77,7 @@ def is_delivering(path: Path) -> bool:
     On a file system without locks, this returns True until the receiver has left its report.
     """
     is_locked = _is_locked(path)
-    return not path.with_name(REPORT_NAME).exists() if is_locked is None else is_locked
+    return not os.path.exists(path.with_name(REPORT_NAME)) if is_locked is None else is_locked
 
 
 def _is_locked(path: Path) -> bool | None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def _mode(path: Path) -> str:
         write_ahead = False
     # A closed journal has no log beside it. Without "immutable" SQLite would make a log and an index there, and fail
     # in a folder that it cannot write to.
-    closed = write_ahead and not path.with_name(f"{path.name}-wal").exists()
+    closed = write_ahead and not os.path.exists(f"{path}-wal")
     return "mode=ro&immutable=1" if closed else "mode=ro"
 
 

@@ -8,6 +8,7 @@ each one that does not become an entry.
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from pathlib import Path
 
@@ -149,7 +150,7 @@ class EntryReader:
 
     def _check_blob(self, payload: Image | Artifact) -> None:
         path = self._blob_dir / payload.blob.name
-        if path.is_symlink() or not path.is_file():
+        if os.path.islink(path) or not os.path.isfile(path):
             return  # the backend says what is missing, and `RunInfo.blob_path` refuses links
         try:
             check_blob(payload, path)
