@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trackhub.delivery.federation.aggregation import JOB_ENDED, Aggregation, Output, describe
+from trackhub.delivery.federation.aggregation import JOB_ENDED, Aggregation, Output
+from trackhub.delivery.federation.describe_values import describe
 from trackhub.records import Metrics, Record
 
 FLOATS = st.floats(min_value=-1e100, max_value=1e100, allow_subnormal=False)
@@ -402,18 +403,24 @@ def test_without_patterns_only_keys_that_count_rounds_are_aggregated() -> None:
     assert by_round(found)[2]["val/loss/max"] == 1.0
 
 
+@pytest.mark.parametrize("step", [None, 0, 7])
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_record_without_step_and_round_does_not_count_rounds(is_first: bool) -> None:
+def test_a_record_without_a_round_takes_no_statistics_from_its_key(is_first: bool, step: int | None) -> None:
+    """A value from before training, or of a site that a swarm has cut off."""
     aggregation = Aggregation()
-    outside = [record({"val/loss": 9.0}, None, None)]
+    outside = [record({"val/loss": 9.0}, step, None)]
     if is_first:
         aggregation.add("site-2", outside)
     for round_ in range(2):
-        aggregation.add("site-1", [record({"val/loss": 1.0}, round_, round_)])
+        for site in ("site-1", "site-2"):
+            aggregation.add(site, [record({"val/loss": 1.0}, round_, round_)])
     if not is_first:
         aggregation.add("site-2", outside)
 
-    assert end(aggregation) == []
+    found = by_round(end(aggregation))
+
+    expected = {f"val/loss/{name}": value for name, value in describe([1.0, 1.0]).items()}
+    assert found == {0: expected, 1: expected}  # and no late value
 
 
 def test_a_job_of_one_round_has_statistics_at_its_end() -> None:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from trackhub.delivery.federation.describe_values import describe
 from trackhub.delivery.federation.row_digest import RowDigest, is_step_its_round
 from trackhub.job_and_run_info import FEDERATION, SERVER
 from trackhub.printable import printable
 from trackhub.records import MAX_KEY_CHARS, Metrics, Record
 
-__all__ = ["FACTS", "JOB_ENDED", "Aggregation", "Output", "describe", "key_patterns"]
+__all__ = ["FACTS", "JOB_ENDED", "Aggregation", "Output", "key_patterns"]
 
 FACTS = "fl/"
 """The prefix of the federation run's own facts. A key with this prefix is not aggregated if a site logs it."""
@@ -44,7 +44,8 @@ MAX_KEYS = 5000  # the same for all sites together
 _MAX_HELD = 500_000  # values that wait for the end of their round
 _MAX_HELD_OF_SITE = 50_000  # a site may send records of any rounds, so each site has a limit of its own
 _MAX_IGNORED = 1_000_000
-_HELD_ROUNDS = 2  # closed rounds whose values are kept, since it is not yet certain which keys are aggregated
+_MAX_KEPT = _MAX_HELD // 2  # of these, in closed rounds: it is not certain yet whether their keys are aggregated
+_MAX_KEPT_OF_SITE = _MAX_HELD_OF_SITE // 2
 _AT_ONCE = 1000  # numbers in one record
 _SUFFIX_CHARS = len("/weighted_mean")
 _log = logging.getLogger(__name__)
@@ -65,51 +66,6 @@ class Output(NamedTuple):
     values: dict[str, float]
 
 
-def describe(values: Sequence[float], weights: Sequence[float | None] = ()) -> dict[str, float]:
-    """Return mean, min, max, std and count of the finite values, and how many are not finite.
-
-    ``std`` is the standard deviation of the population, as ``numpy.std`` computes it. ``nonfinite`` is left out if it
-    is 0. ``weighted_mean`` is left out unless each finite value has a usable weight. If there is no finite value, only
-    the counts are returned.
-
-    Args:
-        values: one for each site.
-        weights: one for each value, None where it is not known; or no weights at all.
-    """
-    finite = [v for v in values if math.isfinite(v)]
-    found: dict[str, float] = {}
-    if finite:
-        n = len(finite)
-        mean = _mean(finite)
-        found = {"mean": mean, "min": min(finite), "max": max(finite)}
-        found["std"] = math.hypot(*(v - mean for v in finite)) / math.sqrt(n)  # squares would overflow above 1e154
-        if weights:
-            weighted = _weighted_mean([(v, w) for v, w in zip(values, weights, strict=True) if math.isfinite(v)])
-            found |= {} if weighted is None else {"weighted_mean": weighted}
-    found["count"] = float(len(finite))
-    if len(finite) < len(values):
-        found["nonfinite"] = float(len(values) - len(finite))
-    return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    try:
-        return math.fsum(values) / len(values)
-    except OverflowError:  # only the sum is above the largest float
-        return math.fsum(v / len(values) for v in values)
-
-
-def _weighted_mean(pairs: Sequence[tuple[float, float | None]]) -> float | None:
-    usable = [(v, w) for v, w in pairs if w is not None and math.isfinite(w) and w >= 0]
-    if len(usable) < len(pairs):
-        return None
-    try:
-        total = math.fsum(w for _, w in usable)
-        return math.fsum(v * (w / total) for v, w in usable) if total > 0 else None
-    except OverflowError:
-        return None
-
-
 def key_patterns(patterns: Iterable[str]) -> re.Pattern[str] | None:
     """Return one pattern that matches a key if any of these patterns does. None if there are no patterns.
 
@@ -122,12 +78,13 @@ def key_patterns(patterns: Iterable[str]) -> re.Pattern[str] | None:
 class _Key:
     """What is known of a key that may be aggregated."""
 
-    __slots__ = ("above_0", "counts_for", "sites")
+    __slots__ = ("above_0", "counts_for", "is_proven", "sites")
 
     def __init__(self, site: str) -> None:
         self.counts_for = site  # the key counts against the key limit of the site that logged it first
         self.sites: set[str] = set()
         self.above_0 = False
+        self.is_proven = False
 
 
 class _Keys:
@@ -136,7 +93,7 @@ class _Keys:
     With patterns, a key is aggregated if it matches. Without patterns, it is aggregated if all of this holds:
 
     - Two or more sites log it.
-    - In all its records, the step equals the round.
+    - In all its records that have a round, the step equals the round.
     - One of these rounds is above 0, or the job has only one round. Round 0 proves nothing in a longer job: a key with
       its own step counter also begins at step 0.
 
@@ -145,6 +102,8 @@ class _Keys:
         is_default: True if no patterns were given.
         weight: the key of the weights. None if the weights are the numbers of steps, in the facts ``fl/steps/<site>``.
         is_weight_only: True if the key of the weights serves as weight only, and is not aggregated itself.
+        proven: the keys of which it has become certain that they are aggregated, since this list was emptied last.
+        given_up: key -> how many of its values found no room while it was not certain that it is aggregated.
     """
 
     def __init__(self, patterns: Sequence[str] | None, weight: str | None) -> None:
@@ -153,11 +112,13 @@ class _Keys:
         self.is_default = patterns is None
         self.weight = weight
         self.is_weight_only = False
+        self.proven: list[str] = []
+        self.given_up = Counter[str]()
         self._keys: dict[str, _Key] = {}
         self._of_site = Counter[str]()
         self._warned: set[str] = set()
 
-    def takes(self, site: str, key: str, number: int | None, *, step_is_round: bool) -> bool:
+    def takes(self, site: str, key: str, number: int, *, step_is_round: bool) -> bool:
         """Return whether the key may still be aggregated, now that this site has logged it.
 
         Args:
@@ -172,6 +133,7 @@ class _Keys:
             if known is not None:
                 del self._keys[key]
                 self._of_site[known.counts_for] -= 1
+                self.given_up.pop(key, None)
             return False
         if known is None:
             if not self._may_begin(site, key):
@@ -180,6 +142,9 @@ class _Keys:
             self._of_site[site] += 1
         known.sites.add(site)
         known.above_0 = known.above_0 or bool(number)
+        if not known.is_proven and known.above_0 and len(known.sites) > 1:
+            known.is_proven = True
+            self.proven.append(key)
         return True
 
     def _may_begin(self, site: str, key: str) -> bool:
@@ -215,7 +180,11 @@ class _Keys:
         if not self.is_default:
             return True
         known = self._keys.get(key)
-        return known is not None and len(known.sites) > 1 and (known.above_0 or single_round)
+        return known is not None and (known.is_proven or (single_round and len(known.sites) > 1))
+
+    def count_given_up(self, keys: Iterable[str]) -> int:
+        """Return how many values of these keys found no room, and forget it. The keys are certainly aggregated."""
+        return sum(self.given_up.pop(key, 0) for key in keys)
 
 
 class _Round:
@@ -234,8 +203,9 @@ class Aggregation:
 
     A round is closed when it ends, and not before: a site that has reported may get a further task of the round. Then
     the statistics of its keys are returned. If it is not certain yet whether a key is aggregated, its values are kept
-    until two more rounds are closed or the job ends. If a site logs a key several times in a round, the last value
-    counts. A value that comes after the round is closed is counted as late.
+    until it is, or the job ends. If there is no room for them, they are counted as late once it is certain. If a site
+    logs a key several times in a round, the last value counts. A value that comes after the round is closed is counted
+    as late. A record without a round is skipped.
 
     Attributes:
         last_time: unix seconds of the newest record that it used; 0 before the first.
@@ -251,11 +221,15 @@ class Aggregation:
         """
         self._keys = _Keys(patterns, weight)
         self._rounds: dict[int, _Round] = {}
-        self._unsettled: set[int] = set()  # closed rounds with values of keys that may still be aggregated
+        # Closed rounds with values of keys that may still be aggregated, in the order in which they were closed. If the
+        # round has begun again since, it is here only, and `_rounds` has the new one.
+        self._unsettled: dict[_Round, None] = {}
         # Key -> the rounds that hold its values. There may be thousands of rounds, too many for `_forget` to search.
-        self._rounds_with: dict[str, set[int]] = {}
+        self._rounds_with: dict[str, set[_Round]] = {}
         self._held = Counter[str]()  # site -> how many of its values and weights are held
         self._held_in_all = 0
+        self._kept = Counter[str]()  # site -> how many of its values the unsettled rounds hold
+        self._kept_in_all = 0
         self._late = 0
         self._late_told = 0
         self.last_time = 0.0
@@ -292,7 +266,9 @@ class Aggregation:
         if not digest.is_usable():
             return False
         (number,) = digest.rounds
-        if number is not None and number in self._rounds and self._rounds[number].is_closed:
+        if number is None:
+            return True
+        if number in self._rounds and self._rounds[number].is_closed:
             return False  # each value must be counted as late, and the digest has only the last one of each key
         if self._keys.is_default and not digest.steps_are_rounds and keys != {self._keys.weight}:
             return False  # some of the keys have steps that are no rounds, and the digest does not say which
@@ -302,13 +278,13 @@ class Aggregation:
 
     def _take(self, site: str, record: Record, time: float) -> None:
         assert isinstance(record.payload, Metrics)
+        if record.round is None:
+            return
         for key, value in record.payload.values.items():
             if key not in self._keys.ignored:
                 self._take_value(site, key, value, record.round, time, is_step_its_round(record))
 
-    def _take_value(
-        self, site: str, key: str, value: float, number: int | None, time: float, step_is_round: bool
-    ) -> None:
+    def _take_value(self, site: str, key: str, value: float, number: int, time: float, step_is_round: bool) -> None:
         """Take a value of a key that is not ignored.
 
         Args:
@@ -317,10 +293,10 @@ class Aggregation:
             time: unix seconds of the row.
             step_is_round: the step of the value is its round.
         """
-        current = None if number is None else self._rounds.get(number)
+        current = self._rounds.get(number)
         is_closed = current is not None and current.is_closed
         if key == self._keys.weight:
-            if number is not None and not is_closed:
+            if not is_closed:
                 self._hold(number, None, site, value, time)
             if self._keys.is_weight_only:
                 return
@@ -328,7 +304,7 @@ class Aggregation:
             self._forget(key)
         elif is_closed:
             self._late += 1
-        elif number is not None:
+        else:
             self._hold(number, key, site, value, time)
 
     def _hold(self, number: int, key: str | None, site: str, value: float, time: float) -> None:
@@ -351,7 +327,7 @@ class Aggregation:
         current = self._round(number)
         by_site = current.weights if key is None else current.values.setdefault(key, {})
         if key is not None:
-            self._rounds_with.setdefault(key, set()).add(number)
+            self._rounds_with.setdefault(key, set()).add(current)
         self.last_time = max(self.last_time, time)
         if site not in by_site:
             self._held[site] += 1
@@ -365,15 +341,28 @@ class Aggregation:
 
     def _forget(self, key: str) -> None:
         """Drop the values of a key that is not aggregated after all."""
-        for number in self._rounds_with.pop(key, ()):
-            current = self._rounds[number]
-            self._release(current.values.pop(key, {}))
+        for current in list(self._rounds_with.get(key, ())):
+            self._pop(current, key)
             if not (current.values or current.weights or current.is_announced or current.is_closed):
-                del self._rounds[number]  # otherwise a site could fill the memory with empty rounds
+                del self._rounds[current.number]  # otherwise a site could fill the memory with empty rounds
+        self._rounds_with.pop(key, None)
 
-    def _release(self, by_site: Mapping[str, float]) -> None:
-        self._held.subtract(by_site.keys())
-        self._held_in_all -= len(by_site)
+    def _pop(self, current: _Round, key: str) -> dict[str, float]:
+        """Take the values of a key out of a round. Return site -> value."""
+        by_site = current.values.pop(key)
+        self._rounds_with[key].discard(current)
+        self._release(by_site)
+        if current in self._unsettled:
+            self._kept.subtract(by_site.keys())
+            self._kept_in_all -= len(by_site)
+            if not current.values:
+                self._drop(current)
+        return by_site
+
+    def _release(self, by_site: Iterable[str]) -> None:
+        sites = list(by_site)
+        self._held.subtract(sites)
+        self._held_in_all -= len(sites)
 
     def add_facts(self, records: Iterable[Record]) -> list[Output]:
         """Take facts of the federation run. Return the statistics of the rounds that they complete."""
@@ -388,14 +377,12 @@ class Aggregation:
                 continue
             current = self._round(record.round)
             if _ROUND_BEGAN in values and current.is_closed:  # a second workflow, or FLARE has started the job again
-                self._drop(current)
-                self._unsettled.discard(record.round)
                 current = self._rounds[record.round] = _Round(record.round)
             current.is_announced = True
             if self._keys.weight is None:
                 current.weights |= {k[len(_WEIGHT) :]: v for k, v in values.items() if k.startswith(_WEIGHT)}
             if _ROUND_ENDED in values and not current.is_closed:
-                found += self._close(record.round, current, record.time, all_reported=values.get(_MISSING) == 0)
+                found += self._close(current, record.time, all_reported=values.get(_MISSING) == 0)
         return found
 
     def is_unfinished(self) -> bool:
@@ -403,9 +390,9 @@ class Aggregation:
 
         It would if a round is open, values are held, or late values are not reported yet.
         """
-        return self._late > self._late_told or any(
-            current.values or (current.is_announced and not current.is_closed) for current in self._rounds.values()
-        )
+        if self._late > self._late_told or self._unsettled:
+            return True
+        return any(not one.is_closed and (one.values or one.is_announced) for one in self._rounds.values())
 
     def rounds(self) -> int:
         """Return how many rounds the server announced. If it announced none, count the rounds in which sites logged."""
@@ -423,27 +410,45 @@ class Aggregation:
     def _end(self, time: float) -> list[Output]:
         found: list[Output] = []
         single_round = self.rounds() == 1
-        for number, current in sorted(self._rounds.items()):
+        # Rounds of one number stay in the order in which they were closed.
+        for current in sorted({**self._unsettled, **dict.fromkeys(self._rounds.values())}, key=lambda one: one.number):
             said = {_ALL_REPORTED: 0.0} if current.is_announced and not current.is_closed else {}
-            current.is_closed = True
-            found += self._emit(number, time, said, single_round=single_round)
+            found += self._emit(current, time, said, single_round=single_round)
             self._drop(current)
+            current.is_closed = True
+        proven = [key for key in self._keys.given_up if self._keys.is_ready(key, single_round=single_round)]
+        self._late += self._keys.count_given_up(proven)
         return found + self._tell_late(self.last_round(), time)
 
-    def _close(self, number: int, current: _Round, time: float, *, all_reported: bool) -> list[Output]:
+    def _close(self, current: _Round, time: float, *, all_reported: bool) -> list[Output]:
+        found = self._emit_proven(time) + self._emit(current, time, {_ALL_REPORTED: float(all_reported)})
+        self._keep(current)
         current.is_closed = True
-        found: list[Output] = []
-        for earlier in sorted(n for n in self._unsettled if n < number):
-            found += self._emit(earlier, time, {})
-            if earlier <= number - _HELD_ROUNDS or not self._rounds[earlier].values:
-                self._drop(self._rounds[earlier])
-                self._unsettled.discard(earlier)
-        found += self._emit(number, time, {_ALL_REPORTED: float(all_reported)})
+        return found + self._tell_late(current.number, time)
+
+    def _emit_proven(self, time: float) -> list[Output]:
+        """Return the statistics of closed rounds for keys that are now certainly aggregated."""
+        proven, self._keys.proven = self._keys.proven, []
+        self._late += self._keys.count_given_up(proven)
+        with_values = set[_Round]().union(*(self._rounds_with.get(key, ()) for key in proven))
+        earlier = [current for current in self._unsettled if current in with_values] if with_values else []
+        return [output for current in earlier for output in self._emit(current, time, {})]
+
+    def _keep(self, current: _Round) -> None:
+        """Keep what a round that closes still holds, as far as there is room. Without room, give up a key's values."""
+        for key in sorted(current.values):  # in this order also if the rows are read again
+            sites = current.values[key].keys()
+            is_full = any(self._kept[site] >= _MAX_KEPT_OF_SITE for site in sites)
+            if is_full or self._kept_in_all + len(sites) > _MAX_KEPT:
+                self._keys.given_up[key] += len(sites)
+                self._pop(current, key)
+            else:
+                self._kept.update(sites)
+                self._kept_in_all += len(sites)
         if current.values:
-            self._unsettled.add(number)
+            self._unsettled[current] = None
         else:
             self._drop(current)
-        return found + self._tell_late(number, time)
 
     def _tell_late(self, number: int, time: float) -> list[Output]:
         if self._late == self._late_told:
@@ -452,28 +457,28 @@ class Aggregation:
         return [Output(number, time, {_LATE: float(self._late)})]
 
     def _drop(self, current: _Round) -> None:
-        for key, by_site in current.values.items():
-            self._release(by_site)
-            self._rounds_with[key].discard(current.number)
-        current.values = {}
+        """Drop what the round holds."""
+        for key in list(current.values):
+            self._pop(current, key)
+        self._unsettled.pop(current, None)
         if self._keys.weight is not None:
             self._release(current.weights)
         current.weights = {}
 
-    def _emit(self, number: int, time: float, first: dict[str, float], *, single_round: bool = False) -> list[Output]:
+    def _emit(
+        self, current: _Round, time: float, first: dict[str, float], *, single_round: bool = False
+    ) -> list[Output]:
         """Return ``first`` and the round's statistics, for keys that are certainly aggregated. Drop their values."""
-        current = self._rounds[number]
+        number, weights = current.number, current.weights
         numbers = dict(first)
         for key in sorted(k for k in current.values if self._keys.is_ready(k, single_round=single_round)):
-            by_site = current.values.pop(key)
-            self._release(by_site)
-            self._rounds_with[key].discard(number)
-            if self._keys.weight is not None and not current.weights and not self._has_told_weight:
+            by_site = self._pop(current, key)
+            if self._keys.weight is not None and not weights and not self._has_told_weight:
                 self._has_told_weight = True
                 _log.warning("round %d: no site logged its weight %r, so there is no weighted mean. Log it at each "
                              "site in each round, or name another metric as aggregate_weight",
                              number, self._keys.weight)  # fmt: skip
-            statistics = describe(list(by_site.values()), [current.weights.get(site) for site in by_site])
+            statistics = describe(list(by_site.values()), [weights.get(site) for site in by_site])
             numbers |= {f"{key}/{name}": value for name, value in statistics.items()}
         items = list(numbers.items())
         return [Output(number, time, dict(items[i : i + _AT_ONCE])) for i in range(0, len(items), _AT_ONCE)]
