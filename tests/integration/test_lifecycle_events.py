@@ -24,6 +24,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
 
 from tests.unit.readers_and_bad_backends import WAIT_S
 from trackhub.delivery import Limits, Receiver, Side
@@ -177,14 +178,40 @@ def task_of(current: int | None) -> Shareable:
     return task
 
 
-def test_after_a_task_without_a_result_the_round_is_unknown_until_one_has_ended_well() -> None:
-    executor, rounds = AnExecutor(), list[int | None]()
+class AScript(AnExecutor, ClientAPIExecutor):  # type: ignore[misc]
+    """FLARE's executor for training scripts, without a script."""
+
+    def __init__(self) -> None:
+        ClientAPIExecutor.__init__(self, ExecutionMode.IN_PROCESS, task_script_path="client.py")
+
+
+@pytest.mark.parametrize(("kind", "is_cut_off"), [(AScript, False), (AScript, True), (AnExecutor, True)])
+def test_after_a_task_without_a_result_the_round_is_unknown_until_one_has_ended_well(
+    kind: type[AnExecutor], is_cut_off: bool
+) -> None:
+    executor, rounds = kind(), list[int | None]()
     ClientRounds(SimpleNamespace(handlers=[executor], add_handler=None), rounds.append, lambda status: None)
 
     for number, executor.code in enumerate([ReturnCode.OK, ReturnCode.TASK_ABORTED, ReturnCode.OK, ReturnCode.OK]):
-        executor.execute("train", task_of(number), FLContext(), Signal())
+        signal = Signal()
+        if is_cut_off and number == 1:
+            signal.trigger(True)
+        executor.execute("train", task_of(number), FLContext(), signal)
 
     assert rounds == [0, 1, None, 3]
+
+
+@pytest.mark.parametrize("code", [ReturnCode.EXECUTION_EXCEPTION, ReturnCode.TASK_ABORTED, "raises"])
+def test_after_a_task_that_failed_in_the_executor_itself_the_round_is_known(code: str) -> None:
+    """The executor has returned, and nothing works on."""
+    executor, rounds = AnExecutor(), list[int | None]()
+    ClientRounds(SimpleNamespace(handlers=[executor], add_handler=None), rounds.append, lambda status: None)
+
+    for number, executor.code in enumerate([ReturnCode.OK, code, code, ReturnCode.OK]):
+        with contextlib.suppress(RuntimeError):
+            executor.execute("train", task_of(number), FLContext(), Signal())
+
+    assert rounds == [0, 1, 2, 3]
 
 
 def test_while_a_task_runs_one_of_another_round_has_no_known_round() -> None:

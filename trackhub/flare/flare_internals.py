@@ -37,6 +37,8 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.ccwf.client_controller_executor import ClientControllerExecutor
 from nvflare.app_common.ccwf.client_ctl import ClientSideController
 from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
+from nvflare.app_common.executors.ipc_exchanger import IPCExchanger
+from nvflare.app_common.executors.multi_process_executor import MultiProcessExecutor
 from nvflare.app_common.widgets.convert_to_fed_event import ConvertToFedEvent
 from nvflare.client import tracking
 from nvflare.client.in_process.api import InProcessClientAPI
@@ -68,6 +70,7 @@ __all__ = [
     "execution_id",
     "executors",
     "has_component",
+    "has_trainer",
     "ignored_apps",
     "is_from_another_process",
     "is_provisioned",
@@ -284,6 +287,11 @@ def executors(engine: Any) -> list[Executor]:
 def controls_workflow(executor: Executor) -> bool:
     """Return whether this executor is the client's part of a workflow that the clients control, such as swarm."""
     return isinstance(executor, ClientSideController | ClientControllerExecutor)
+
+
+def has_trainer(executor: Executor) -> bool:
+    """Return whether this executor hands its tasks to a training script or process, which may outlive a task."""
+    return isinstance(executor, ClientAPIExecutor | IPCExchanger | MultiProcessExecutor)
 
 
 def task_status(result: Any) -> RunStatus:

@@ -7,7 +7,8 @@ that later records do not carry it. Only a client that controls its own workflow
 
 A workflow can cut off a slow client: FLARE then hands over the next task while the script still works on the old one.
 Nothing tells trackhub when the script takes the new model. So records get no round until a task has ended well and no
-other task is open.
+other task is open. After a task that failed in an executor without such a script, nothing works on, and the next task's
+round is certain.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class _OpenTasks:
         self._lock = threading.Lock()
         self._set_round = set_round
         self._rounds: list[int | None] = []  # of the tasks whose executor has not returned
-        self._may_lag = False  # True if a trainer may still work on a task of an earlier round, or on one that failed
+        self._may_lag = False  # True if a trainer may work on a task of an earlier round, or on one without a result
 
     def announce(self, current: int | None) -> None:
         """Set the round of a task that comes now. Set none if a trainer may still work on a task of another round."""
@@ -56,17 +57,18 @@ class _OpenTasks:
         """Return whether every task that a trainer may still work on is of this round."""
         return not self._may_lag and all(number == current for number in self._rounds)
 
-    def end(self, current: int | None, *, well: bool) -> None:
+    def end(self, current: int | None, *, well: bool, may_go_on: bool) -> None:
         """Note that an executor has returned.
 
         Args:
             current: the round that ``begin`` got.
-            well: it returned the trainer's result. Otherwise the trainer may go on working on the task.
+            well: it returned a result.
+            may_go_on: if it returned none, a trainer may go on working on the task.
         """
         with self._lock:
             self._rounds.remove(current)
             if not well:
-                self._may_lag = True
+                self._may_lag = self._may_lag or may_go_on
             elif not self._rounds:
                 self._may_lag = False
 
@@ -104,12 +106,12 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
             if flare_internals.controls_workflow(executor):
                 self._controls_workflow = True
             else:
-                executor.execute = self._watched(executor.execute)
+                executor.execute = self._watched(executor.execute, flare_internals.has_trainer(executor))
                 watch_calls(executor, end)
                 watch_replies(executor, end)
         flare_internals.add_first_handler(engine, self)
 
-    def _watched(self, execute: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched(self, execute: Callable[..., Any], has_trainer: bool) -> Callable[..., Any]:
         """Wrap an executor's ``execute``: set the round before it, and report the result and the status after it.
 
         Every workflow hands over a task by calling ``execute``. A client that controls its workflow fires no event
@@ -126,10 +128,11 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
                 if self._take_result is not None:
                     self._take_result(shareable, result)
             finally:
-                self._tasks.end(current, well=status is RunStatus.FINISHED)
+                well = status is RunStatus.FINISHED
+                self._tasks.end(current, well=well, may_go_on=has_trainer or abort_signal.triggered)
                 # Only the signal says whether the task was cut off. The return code "aborted" is no proof: FLARE's
                 # executor for in-process trainers also returns it when the script raises.
-                if status is not RunStatus.FINISHED:
+                if not well:
                     status = RunStatus.ABORTED if abort_signal.triggered else RunStatus.FAILED
                 self._end(status)
             return result
