@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import logging
@@ -19,8 +20,9 @@ from tests.unit.readers_and_bad_backends import STREAM, batch_of, metric
 from trackhub import conceal as module
 from trackhub.conceal import clean_errors, conceal, remember_secret
 from trackhub.delivery import Limits, Receiver, RunStatus, Side
+from trackhub.delivery import receiver as receiver_module
 from trackhub.delivery.wire import encode
-from trackhub.errors import ConfigError, TrackhubError
+from trackhub.errors import ConfigError, JournalError, TrackhubError
 
 if TYPE_CHECKING:
     from tests.conftest import MakePlugin
@@ -178,22 +180,23 @@ def read_everything(folder: Path) -> str:
     return "".join(path.read_bytes().decode(errors="replace") for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("fails_in", ["", "constructor", "preflight", "open_run", "write", "finish", "close"])
-def test_a_backend_that_shows_its_secrets_everywhere_shows_none(
-    tmp_path: Path,
-    make_plugin: MakePlugin,
-    monkeypatch: pytest.MonkeyPatch,
-    log: io.StringIO,
-    capfd: pytest.CaptureFixture[str],
-    fails_in: str,
-) -> None:
+@pytest.fixture
+def leaky(tmp_path: Path, make_plugin: MakePlugin, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options of a backend that shows its secrets everywhere."""
     monkeypatch.syspath_prepend(str(make_plugin("leaky", {"leaky": "leaky_p:Leaky"}, {"leaky_p": LEAKY})))
     (tmp_path / "secret").write_text("s3cr3t-of-a-file")
     monkeypatch.setenv("LEAKY_FILE", str(tmp_path / "secret"))
     monkeypatch.setenv("LEAKY_TOKEN", "s3cr3t-of-the-environment")
     monkeypatch.setenv("OPTION", "s3cr3t-of-an-option")
+    return {"key": "${secret:OPTION}"}
+
+
+@pytest.mark.parametrize("fails_in", ["", "constructor", "preflight", "open_run", "write", "finish", "close"])
+def test_a_backend_that_shows_its_secrets_everywhere_shows_none(
+    tmp_path: Path, leaky: dict[str, Any], log: io.StringIO, capfd: pytest.CaptureFixture[str], fails_in: str
+) -> None:
     run_dir = tmp_path / "run"
-    options: dict[str, Any] = {"key": "${secret:OPTION}", "fails_in": fails_in}
+    options = {**leaky, "fails_in": fails_in}
     receiver = Receiver(run_dir, job="job", side=Side.LOCAL, backends={"leaky": options}, limits=Limits(deadline_s=1.0))
 
     error: TrackhubError | None = None
@@ -210,5 +213,25 @@ def test_a_backend_that_shows_its_secrets_everywhere_shows_none(
     if error is not None:
         shown += "".join(traceback.format_exception(error))
     assert (error is not None) == (fails_in in ("constructor", "preflight"))
+    assert "***" in shown
+    assert "s3cr3t" not in shown
+
+
+@pytest.mark.parametrize("fails_in", ["constructor", "preflight"])
+def test_the_last_attempt_of_a_waiting_receiver_to_start_shows_no_secret(
+    tmp_path: Path, leaky: dict[str, Any], monkeypatch: pytest.MonkeyPatch, fails_in: str
+) -> None:
+    def no_space(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "no space")
+
+    receiver = Receiver(tmp_path, job="job", side=Side.LOCAL, backends={"leaky": {**leaky, "fails_in": fails_in}})
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(receiver_module, "set_up_backends", no_space)
+        receiver.start()
+
+    with pytest.raises(JournalError) as caught:
+        receiver.finish(RunStatus.FINISHED)
+
+    shown = "".join(traceback.format_exception(caught.value))
     assert "***" in shown
     assert "s3cr3t" not in shown

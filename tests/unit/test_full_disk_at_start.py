@@ -155,7 +155,7 @@ def test_a_receiver_that_never_could_start_says_why_at_the_end_and_leaves_no_thr
     receiver = start(disk.runs / "job")
     assert isinstance(ask(receiver, batch_of([metric(0)])), wire.Busy)
 
-    with pytest.raises(JournalError, match=r"never could start: .*(No space|full)"):
+    with pytest.raises(JournalError, match=r"could not start: .*(No space|full)"):
         receiver.finish(RunStatus.FINISHED, deadline_s=1)
 
     assert isinstance(ask(receiver, batch_of([metric(0)])), wire.Busy)
@@ -171,7 +171,7 @@ def test_a_receiver_whose_journal_stays_locked_says_so_at_the_end(
         other.execute("BEGIN EXCLUSIVE")
         receiver = start(tmp_path)
 
-        with pytest.raises(JournalError, match=r"never could start: .*locked"):
+        with pytest.raises(JournalError, match=r"could not start: .*locked"):
             receiver.finish(RunStatus.FINISHED, deadline_s=1)
 
 

@@ -20,6 +20,7 @@ from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.lane.lane import Lane
 from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.report import REPORT_NAME
+from trackhub.delivery.set_up_backend import set_up_backends
 from trackhub.errors import JournalError
 from trackhub.job_and_run_info import RunStatus, Side
 
@@ -114,3 +115,35 @@ def test_a_receiver_that_has_ended_changes_nothing_any_more(tmp_path: Path, capl
     assert (receiver.folder / REPORT_NAME).read_bytes() == report
     assert read_journal_meta(journal_of(receiver))["status"] == RunStatus.FINISHED
     assert not caplog.records
+
+
+def test_a_receiver_that_is_abandoned_while_a_request_starts_it_stays_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, go_on = threading.Event(), threading.Event()
+
+    def no_space(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "full")
+
+    def slow(*args: Any, **options: Any) -> Any:
+        starts.set()
+        assert go_on.wait(60)
+        return set_up_backends(*args, **options)
+
+    before = threading.active_count()
+    receiver = make(tmp_path)
+    monkeypatch.setattr(receiver_module, "set_up_backends", no_space)
+    receiver.start()
+    monkeypatch.setattr(receiver_module, "set_up_backends", slow)
+    request = threading.Thread(target=receiver.handle, args=("site-1", b""))
+    abandon = threading.Thread(target=receiver.abandon)
+    request.start()
+    assert starts.wait(60)
+    abandon.start()
+    abandon.join(0.2)  # long enough for an `abandon` that does not wait
+    go_on.set()
+    request.join(60)
+    abandon.join(60)
+
+    assert isinstance(wire.decode_reply(receiver.handle("site-1", b"")), wire.Busy)
+    assert threading.active_count() == before

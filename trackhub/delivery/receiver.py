@@ -97,7 +97,7 @@ class Receiver:
         job: the job whose records it receives.
         folder: where it keeps its journal, the blobs, and the delivery report as ``delivery.json``.
         federation: the job's federation run, once the receiver has started. None if the job has none.
-        sites: the job's sites: which were heard, which have ended, and which have no sender.
+        sites: the job's sites: from which the receiver has heard, which have ended, and which have no sender.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class Receiver:
             ended: for a replay, how the job ended. The final messages then come from the replay, so they do not say how
                 training ended. None for a running job.
             federation: what the job's federation run holds; None for no such run. It needs the records of all sites.
-            say_where_to_look: gets the text that says how to look at the job, once its first runs are open, if the job
-                still runs then. The lanes' threads call it, and it must not raise. None logs the text.
+            say_where_to_look: called with each text that says how to look at the running job: up to four for each
+                backend, as its first runs open. The lanes' threads call it, and it must not raise. None logs the texts.
         """
         self.job = JobInfo(job) if isinstance(job, str) else job
         self.folder = (run_dir / "trackhub" if state_dir is None else state_dir).absolute()
@@ -146,7 +146,7 @@ class Receiver:
         self._admission = Admission(_AT_ONCE)
         self.sites = JobSites(self._limits.silence_s)
         self._known: defaultdict[str, _KnownSite] = defaultdict(_KnownSite)
-        self._facts = JobInJournal(
+        self._job_in_journal = JobInJournal(
             self.job, side, self._run_dir, self.sites, silence_s=self._limits.silence_s, federation=federation,
             ended=ended,
         )  # fmt: skip
@@ -154,13 +154,12 @@ class Receiver:
         self._start_retry = StartRetry()
         self._say_where_to_look = say_where_to_look
 
-    @clean_errors()
     def start(self, *, from_start: bool = False) -> None:
         """Open the journal, load and check the backends, and start delivering. Blocks up to ``limits.preflight_s``.
 
         If another program has the journal locked, this blocks up to ten seconds more. On an existing journal of the
         same job, the receiver goes on where the last one stopped. If the start fails, the journal keeps the job's
-        status and backends, the report stays, and no run changes. A new job has failed, if its journal could be opened.
+        status and backends, the report stays, and no run changes. A new journal then says that the job failed.
 
         Trouble of the environment, such as a full disk, raises an error for a replay. For a running job, it is not a
         failed start: the receiver replies `Busy`, and tries to start again at later requests.
@@ -178,9 +177,8 @@ class Receiver:
         try:
             self._open(from_start=from_start, wait_s=_WAIT_S if self._state == _WAITING else WAIT_S)
         except Exception as e:
-            # A replay raises, since somebody reads its error.
             if self._ended is not None or not is_environment_trouble(e):
-                raise
+                raise  # also in a replay, since somebody reads its error
             if self._state != _WAITING:
                 _log.warning(
                     "the receiver in %s cannot start yet: %s. Training goes on. What the sites log stays in their "
@@ -191,6 +189,7 @@ class Receiver:
     def _set_up_backends(self) -> dict[str, Backend[Any]]:
         return set_up_backends(self._backends, run_dir=self._run_dir, job=self.job, side=self._side)
 
+    @clean_errors()
     def _open(self, *, from_start: bool, wait_s: float) -> None:
         backends = self._set_up_backends()
         journal = Journal.open(
@@ -203,18 +202,19 @@ class Receiver:
             journal.close()
             raise
         self._state = _OPEN
-        self._facts.note_status(journal, _WAIT_S)  # if another thread called `note_status` while this one was starting
+        # Another thread may have called `note_status` while this one was starting.
+        self._job_in_journal.note_status(journal, _WAIT_S)
 
     def _begin(self, journal: Journal, backends: Mapping[str, Backend[Any]], *, from_start: bool) -> None:
         """Check options and backends. Then change what the journal says of the job, and begin to deliver."""
         lanes = Lanes(journal, [self._lane(name, backend, journal) for name, backend in backends.items()])
         try:
-            self._facts.read_earlier(journal)
+            self._job_in_journal.read_earlier(journal)
             check_not_pruned(journal, backends, goes_on=self._ended is None, from_start=from_start)
             lanes.check(self._limits.preflight_s)
             self.sites.restore(journal.ended())
             federation = self._make_federation(journal, lanes)
-            self._facts.store_start(journal, self._backends)
+            self._job_in_journal.store_start(journal, self._backends)
             for name in backends if from_start else ():
                 journal.rewind(name)  # before the lanes read their cursors
             if federation is not None:
@@ -223,12 +223,12 @@ class Receiver:
         except BaseException as e:
             lanes.abandon()
             if not is_environment_trouble(e):
-                self._facts.store_failed_start(journal, lanes.names)
+                self._job_in_journal.store_failed_start(journal, lanes.names)
             raise
         self._journal, self._lanes, self.federation = journal, lanes, federation
 
     def _make_federation(self, journal: Journal, lanes: Lanes) -> FederationRun | None:
-        options = self._facts.federation
+        options = self._job_in_journal.federation
         if options is None:
             return None
         return FederationRun(
@@ -259,7 +259,7 @@ class Receiver:
         return Lane(
             name, backend, journal, job=self.job, side=self._side, blob_dir=self._blobs.folder,
             run_folder=self._run_dir, room=self._room, flush_s=self._limits.flush_s, workdir=self._run_dir / name,
-            is_running=lambda: not self._facts.status, say_where_to_look=self._say_where_to_look,
+            is_running=lambda: not self._job_in_journal.status, say_where_to_look=self._say_where_to_look,
         )  # fmt: skip
 
     def channel(self, site: str) -> Channel:
@@ -276,8 +276,8 @@ class Receiver:
         ``durability="normal"``, and two for a site's first batch. While the journal is locked, the reply is `Busy`
         after half a second at most. The reply is `Busy` at once while the receiver works on another request of this
         site, or on 16 of other sites, or if `Admission` lets other sites go first. So a disk that does not answer
-        blocks few threads, however often the sites ask. While a receiver waits to start, one request takes as long as
-        another attempt (see ``start``).
+        blocks few threads, however often the sites ask. While a receiver waits to start, one request at a time makes
+        the next attempt, which blocks up to ``limits.preflight_s``.
 
         Args:
             site: who sent the request, as the transport has verified. Never take it from the request itself.
@@ -340,7 +340,7 @@ class Receiver:
                 self._note_counts(site, request)
                 if self._ended is None:
                     self.sites.note_final(site, failed=request.failed)
-                return Accepted(status=self._facts.status)
+                return Accepted(status=self._job_in_journal.status)
 
     def _add_chunk(self, site: str, chunk: Chunk) -> Reply:
         if not self._room.allows(site, len(chunk.data), makes_file=chunk.offset == 0):
@@ -422,10 +422,10 @@ class Receiver:
         It may be called before ``start``, and while another thread starts or ends the receiver. Blocks for a quarter of
         a second at most, and never raises. If the journal cannot be written now, ``finish`` stores the status.
         """
-        self._facts.status = status
+        self._job_in_journal.status = status
         if self._state == _OPEN:
             assert self._journal is not None
-            self._facts.note_status(self._journal, _WAIT_S)
+            self._job_in_journal.note_status(self._journal, _WAIT_S)
 
     def assume_ended(self, site: str) -> None:
         """Assume that a site's training ended well. A replay calls it if the site's final message never came."""
@@ -460,22 +460,21 @@ class Receiver:
             moves_to: if the job's folder moves after this, a sentence that says where to; see `format_report`.
 
         Raises:
-            JournalError: the receiver was not started, has ended already, or never could start, for example on a full
-                disk.
+            JournalError: the receiver was not started, has ended already, or could not start.
         """
         deadline_s = self._limits.deadline_s if deadline_s is None else deadline_s
         self._try_last_time(deadline_s)
         if self._state != _OPEN:
             error = self._start_error
-            what = f"never could start: {error}" if error else f"is {self._state}; call start(), then finish() once"
+            what = f"could not start: {error}" if error else f"is {self._state}; call start(), then finish() once"
             raise JournalError(f"the receiver in {self.folder} {what}. The sites' spools keep their records") from error
         assert self._journal is not None
         assert self._lanes is not None
         stored = [name for name, known in self._known.copy().items() if known.id is not None]
-        by_site = self._facts.run_statuses(self._journal, stored, status)
+        by_site = self._job_in_journal.run_statuses(self._journal, stored, status)
         # Close before the lanes end. Otherwise a request could add a batch after a lane has looked for the last time.
         self._state = _CLOSED
-        self._facts.status = status
+        self._job_in_journal.status = status
         deadline = time.monotonic() + deadline_s
         # A lane must stop waiting for a locked journal before `join` gives up, or the lane would count as hanging.
         self._journal.limit_waits(deadline + EXTRA_S / 2)
@@ -484,7 +483,7 @@ class Receiver:
         # Nobody knows how the sites outside ``by_site`` ended.
         otherwise = self.sites.status("", status, was_killed=False)
         self._lanes.end(by_site, otherwise, deadline - time.monotonic())
-        report = self._facts.make_report(self._journal, self._lanes.names, status)
+        report = self._job_in_journal.make_report(self._journal, self._lanes.names, status)
         self._journal.close()
         self._blobs.delete_unused()
         return leave_report(self.folder, report, moves_to)
@@ -492,9 +491,9 @@ class Receiver:
     def abandon(self) -> None:
         """End a started receiver without delivering what is left, because the spool or the sender failed afterwards.
 
-        For the status of the job see `JobInJournal.status_after_failure`. Does nothing after ``finish``. Never
-        raises.
+        The job's status is `JobInJournal.status_after_failure`. Does nothing after ``finish``. Never raises.
         """
-        if self._state == _OPEN:
-            self.finish(self._facts.status_after_failure(), deadline_s=0.0)
-        self._state = _CLOSED
+        with self._start_retry.last_turn():
+            if self._state == _OPEN:
+                self.finish(self._job_in_journal.status_after_failure(), deadline_s=0.0)
+            self._state = _CLOSED

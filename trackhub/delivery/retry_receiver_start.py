@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides which thread starts a receiver whose start failed, and when.
+"""Decides which thread makes the next attempt to start a waiting receiver, and when.
 
 `Receiver` asks it while it waits to start: at each request, and once more when the job ends.
 """
@@ -17,18 +17,19 @@ _TRY_EVERY_S = 2.0
 
 
 class StartRetry:
-    """Lets one thread at a time start the receiver, and makes a pause after each start. Thread-safe."""
+    """Lets one thread at a time start the receiver, and makes a pause after each attempt. Thread-safe."""
 
     def __init__(self) -> None:
         """The first turn is due at once."""
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # `Receiver.abandon` holds it and calls `finish`, which takes it again
         self._not_before = 0.0
 
     @contextmanager
     def turn(self) -> Iterator[bool]:
-        """Yield whether this thread may start the receiver now. Do not wait for another thread that is starting it.
+        """Yield whether this thread may start the receiver now.
 
-        After a turn, no thread gets one for two seconds, whatever came of it.
+        It does not wait for a thread that is starting the receiver already. After a turn, no thread gets one for two
+        seconds, whether the start succeeded or not.
         """
         if not self._lock.acquire(blocking=False):
             yield False
