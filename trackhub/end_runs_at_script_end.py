@@ -41,7 +41,8 @@ class _State:
         open: what to end, in the order in which it was opened.
         handled: the signals that this module handles.
         error_before: the last uncaught exception that Python had shown when the first run was opened.
-        exit_failed: True if the script called ``sys.exit`` with another status than 0.
+        exit_failed: True if the script called ``sys.exit`` with another status than 0. ``raise SystemExit(1)`` and the
+            built-in ``exit(1)`` are not seen (ADR 0012).
         python_exit: ``sys.exit`` as it was; None while it is unchanged.
         is_registered: True if the interpreter will call ``_at_exit``.
     """
@@ -121,16 +122,21 @@ def _give_back() -> None:
     if sys.exit is _exit and _state.python_exit is not None:
         sys.exit, _state.python_exit = _state.python_exit, None
     if threading.current_thread() is threading.main_thread():
-        for number in _state.handled:
-            if signal.getsignal(number) is _on_signal:
-                signal.signal(number, signal.SIG_DFL)
-        _state.handled.clear()
+        _give_back_signals()
+
+
+def _give_back_signals() -> None:
+    for number in _state.handled:
+        if signal.getsignal(number) is _on_signal:
+            signal.signal(number, signal.SIG_DFL)
+    _state.handled.clear()
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     """End the open runs, then let the signal have its usual effect. A second signal ends the process at once."""
+    _give_back_signals()  # first: otherwise a second signal would skip one run, and then wait for the next
     _end_all(failed=True)
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, signal.SIG_DFL)  # again, since the script's own handler may have called this one
     os.kill(os.getpid(), number)
 
 

@@ -81,22 +81,21 @@ class _Delivery:
         """Deliver what is left, end the run and close everything. Ctrl-C skips the waits.
 
         Raises:
-            JournalError: the journal cannot be read, or the receiver never could start.
+            JournalError: the journal cannot be read, or the receiver could not start.
         """
         withdraw_process_spool(self.spool)
         # Note the status first, since the process may be killed at any time from here on.
         self._receiver.note_status(status)
-        if os.path.exists(self.spool / "spool.json"):
+        if os.path.exists(self.spool / "spool.json"):  # `close_spool` forgets a spool that waits for room on its disk
             with contextlib.suppress(SpoolError):  # the sender tries it again
                 close_spool(self.spool)
-        deadline_s = None
         try:
             self.sender.close(self._close_s, failed=status is RunStatus.FAILED)
         except BaseException:
-            deadline_s = 0.0
+            with contextlib.suppress(Exception):  # such as a JournalError, which must not take the place of Ctrl-C
+                self.report = self._receiver.finish(status, deadline_s=0.0)
             raise
-        finally:
-            self.report = self._receiver.finish(status, deadline_s=deadline_s)
+        self.report = self._receiver.finish(status)
         return self.report
 
 
@@ -108,7 +107,8 @@ class LocalWriter(Writer):
 
     Attributes:
         folder: the run's folder. Each backend's files are in the subfolder of its name.
-        report: the delivery report; None until ``close``. It stays None if the journal could not be made or read.
+        report: the delivery report. None until ``close``, and afterwards if tracking is disabled, the journal could not
+            be made or read, or ``close`` was interrupted.
     """
 
     report: DeliveryReport | None
@@ -238,9 +238,9 @@ def open_local(
         limits: sizes, pauses and waits; by default as the environment says (``TRACKHUB_DEADLINE_S``, ...).
 
     Raises:
-        ConfigError: a backend, an option, a limit, ``site`` or ``tags`` is wrong, or a backend cannot be used. Or the
-            run is there already and ``resume`` is not set, or under another ``name`` or ``site``, or ``resume`` is set
-            without ``job``.
+        ConfigError: a backend, an option, a limit, ``site`` or ``tags`` is wrong, or a backend cannot be used. Also if
+            the run exists and ``resume`` is not set, if it exists under another ``name`` or ``site``, or if ``resume``
+            is set without ``job``.
         PluginError: the plugin of a backend cannot be used.
         DeliveryError: the folder cannot be used. A full disk does not raise: tracking begins once there is room.
     """
@@ -313,7 +313,7 @@ def _check_site(spool: Path, site: str) -> None:
 def _check_name(runs_dir: Path, job: JobInfo) -> None:
     """Raise ConfigError if this job was logged to under another name. It would be two runs in every backend.
 
-    A folder with the same name as well is a copy of the run, such as a backup.
+    If the names are equal, the folder is a copy of this run, such as a backup. That is no error.
     """
     for found in glob.glob("*/trackhub/spool", root_dir=runs_dir, include_hidden=True):
         spool = runs_dir / found

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -19,6 +20,7 @@ import trackhub
 from tests.conftest import MakePlugin
 from tests.support.script_without_new_threads import run_script_without_new_threads
 from tests.unit.readers_and_bad_backends import json_lines
+from trackhub.delivery import receiver as receiver_module
 from trackhub.delivery.report import read_report
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter
@@ -118,6 +120,23 @@ def test_a_script_that_logs_its_first_file_last_delivers_it_without_new_threads(
 
     assert (ended.run.confirmed, ended.run.pending, ended.run.state) == (7, 0, "finished"), ended.stderr
     assert ended.run.last_error == ""
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_ends_the_process_at_once_however_many_runs_are_open(
+    tmp_path: Path, second: signal.Signals
+) -> None:
+    ending = f"""
+        other = trackhub.local(["jsonl"], folder=sys.argv[1], job="other")
+        def close(*_, **__):
+            print("ends", flush=True)
+            os.kill(os.getpid(), signal.{second.name})
+            time.sleep(30)
+        writer._delivery.sender.close = other._delivery.sender.close = close
+        os.kill(os.getpid(), signal.SIGTERM)
+    """
+    done = run_script(tmp_path, ending)
+    assert (done.returncode, done.stdout) == (-second, "ends\n"), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -293,6 +312,10 @@ def test_with_tracking_turned_off_nothing_is_recorded_and_no_folder_made(
     assert caplog.text == ""
 
 
+def interrupted(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_ctrl_c_while_the_run_ends_names_the_command_that_delivers_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,9 +325,6 @@ def test_ctrl_c_while_the_run_ends_names_the_command_that_delivers_the_rest(
     writer.log({"a": 1.0}, 0)
     assert writer._delivery is not None
 
-    def interrupted(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
     close = writer._delivery.sender.close
     monkeypatch.setattr(writer._delivery.sender, "close", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -312,4 +332,23 @@ def test_ctrl_c_while_the_run_ends_names_the_command_that_delivers_the_rest(
     close(0.5)
     lock.release()
 
+    assert f"`{command_for('trackhub replay', tmp_path / 'j')}` delivers what is left" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_run_ends_reaches_the_script_although_the_receiver_could_not_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(receiver_module, "set_up_backends", no_space)
+    writer = trackhub.local(["jsonl"], folder=tmp_path, job="j", limits=FAST)
+    assert writer._delivery is not None
+    close = writer._delivery.sender.close
+    monkeypatch.setattr(writer._delivery.sender, "close", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+
+    close(0.5)
     assert f"`{command_for('trackhub replay', tmp_path / 'j')}` delivers what is left" in capsys.readouterr().err
