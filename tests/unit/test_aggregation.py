@@ -167,19 +167,6 @@ def test_a_site_without_a_finite_value_needs_no_weight() -> None:
     assert (found[0]["a/weighted_mean"], found[0]["a/nonfinite"]) == (3.0, 1.0)
 
 
-def test_a_row_with_a_weight_of_each_step_need_not_be_read() -> None:
-    """The key of the weights is none that is aggregated here. Still, no row with it may be passed over."""
-    aggregation = Aggregation(None, "n")
-    aggregation.add("site-1", [record({"n": 1.0, "loss": 1.0}, step, 0) for step in range(5)])
-    rows = [record({"n": float(step), "loss": 1.0}, step, 0) for step in range(5, 10)]
-
-    digest = aggregation.digest()
-    digest.add({"n", "loss"}, rows)
-
-    assert digest.keys == {"n"}
-    assert aggregation.add_digest("site-1", digest)
-
-
 def test_a_site_that_weighs_in_any_rounds_takes_no_room_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trackhub.delivery.federation.aggregation._MAX_HELD_OF_SITE", 100)
     aggregation = Aggregation(["a"], "n")

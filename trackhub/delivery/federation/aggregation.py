@@ -12,7 +12,7 @@ import fnmatch
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from trackhub.delivery.federation.describe_values import describe
@@ -21,7 +21,7 @@ from trackhub.job_and_run_info import FEDERATION, SERVER
 from trackhub.printable import printable
 from trackhub.records import MAX_KEY_CHARS, Metrics, Record
 
-__all__ = ["FACTS", "JOB_ENDED", "Aggregation", "Output", "key_patterns"]
+__all__ = ["FACTS", "JOB_ENDED", "Aggregation", "Output", "in_records", "key_patterns"]
 
 FACTS = "fl/"
 """The prefix of the federation run's own facts. A key with this prefix is not aggregated if a site logs it."""
@@ -39,7 +39,7 @@ _LATE = "fl/late_values"
 MAX_KEYS_OF_SITE = 1000
 """How many keys of one site are aggregated. Each makes up to seven numbers a round in every backend."""
 
-MAX_KEYS = 5000  # the same for all sites together
+MAX_KEYS = 5000  # how many keys of all sites together are aggregated
 
 _MAX_HELD = 500_000  # values that wait for the end of their round
 _MAX_HELD_OF_SITE = 50_000  # a site may send records of any rounds, so each site has a limit of its own
@@ -64,6 +64,13 @@ class Output(NamedTuple):
     round: int
     time: float
     values: dict[str, float]
+
+
+def in_records(numbers: Mapping[str, float]) -> Iterator[dict[str, float]]:
+    """Yield the numbers in parts, each for one record."""
+    items = list(numbers.items())
+    for i in range(0, len(items), _AT_ONCE):
+        yield dict(items[i : i + _AT_ONCE])
 
 
 def key_patterns(patterns: Iterable[str]) -> re.Pattern[str] | None:
@@ -192,8 +199,8 @@ class _Round:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.weights: dict[str, float] = {}
-        self.values: dict[str, dict[str, float]] = {}
+        self.weights: dict[str, float] = {}  # site -> weight
+        self.values: dict[str, dict[str, float]] = {}  # key -> site -> value
         self.is_announced = False
         self.is_closed = False
 
@@ -204,8 +211,8 @@ class Aggregation:
     A round is closed when it ends, and not before: a site that has reported may get a further task of the round. Then
     the statistics of its keys are returned. If it is not certain yet whether a key is aggregated, its values are kept
     until it is, or the job ends. If there is no room for them, they are counted as late once it is certain. If a site
-    logs a key several times in a round, the last value counts. A value that comes after the round is closed is counted
-    as late. A record without a round is skipped.
+    logs a key several times in a round, the last value counts. A value that comes after the round is closed, or that
+    finds no room, is counted as late. A record without a round is skipped.
 
     Attributes:
         last_time: unix seconds of the newest record that it used; 0 before the first.
@@ -270,7 +277,7 @@ class Aggregation:
             return True
         if number in self._rounds and self._rounds[number].is_closed:
             return False  # each value must be counted as late, and the digest has only the last one of each key
-        if self._keys.is_default and not digest.steps_are_rounds and keys != {self._keys.weight}:
+        if self._keys.is_default and not digest.steps_are_rounds and digest.keys != {self._keys.weight}:
             return False  # some of the keys have steps that are no rounds, and the digest does not say which
         for key in sorted(keys):
             self._take_value(site, key, digest.values[key], number, digest.time, digest.steps_are_rounds)
@@ -468,7 +475,10 @@ class Aggregation:
     def _emit(
         self, current: _Round, time: float, first: dict[str, float], *, single_round: bool = False
     ) -> list[Output]:
-        """Return ``first`` and the round's statistics, for keys that are certainly aggregated. Drop their values."""
+        """Return the numbers in ``first``, and the statistics of the keys that are certainly aggregated.
+
+        Forget the values of these keys.
+        """
         number, weights = current.number, current.weights
         numbers = dict(first)
         for key in sorted(k for k in current.values if self._keys.is_ready(k, single_round=single_round)):
@@ -480,5 +490,4 @@ class Aggregation:
                              number, self._keys.weight)  # fmt: skip
             statistics = describe(list(by_site.values()), [weights.get(site) for site in by_site])
             numbers |= {f"{key}/{name}": value for name, value in statistics.items()}
-        items = list(numbers.items())
-        return [Output(number, time, dict(items[i : i + _AT_ONCE])) for i in range(0, len(items), _AT_ONCE)]
+        return [Output(number, time, part) for part in in_records(numbers)]

@@ -16,8 +16,8 @@ def describe(values: Sequence[float], weights: Sequence[float | None] = ()) -> d
     """Return mean, min, max, std and count of the finite values, and how many are not finite.
 
     ``std`` is the standard deviation of the population, as ``numpy.std`` computes it. ``nonfinite`` is left out if it
-    is 0. ``weighted_mean`` is left out unless each finite value has a usable weight. If there is no finite value, only
-    the counts are returned.
+    is 0. ``weighted_mean`` is left out unless each finite value has a usable weight and the weights' sum is finite and
+    above 0. If there is no finite value, only the counts are returned.
 
     Args:
         values: one for each site.

@@ -22,7 +22,7 @@ import msgspec
 
 from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.check_received_batch import KnownKeys, RefusedRecordError
-from trackhub.delivery.federation.aggregation import JOB_ENDED, Aggregation, Output
+from trackhub.delivery.federation.aggregation import JOB_ENDED, Aggregation, Output, in_records
 from trackhub.delivery.federation.delivery_health import DeliveryHealth
 from trackhub.delivery.federation.row_digest import KnownRows, RowDigest
 from trackhub.delivery.journal.journal import WAIT_S, Journal
@@ -33,17 +33,19 @@ from trackhub.framing import decode_body, decode_metrics, encode_frame, metrics_
 from trackhub.job_and_run_info import FEDERATION
 from trackhub.plain_values_to_structs import prepare
 from trackhub.records import Artifact, Kind, Metrics, Params, Payload, Record, Tags, Text
+from trackhub.runnable_commands import command_for
 
 __all__ = ["FederationOptions", "FederationRun"]
 
 _READ_BYTES = 1 << 20
 _PAUSE_S = 0.1  # between two looks at the journal: a look for each batch of a busy job would cost more
 _RETRY_S = 1.0
-_FILE_WAIT_S = 0.5  # the longest wait of `log_file` for a locked journal. FLARE's own end of the job waits for it.
+_FILE_WAIT_S = 0.5
+"""The longest wait of each of `log_file`'s two transactions for a locked journal. FLARE's own end of the job waits."""
+
 _MAX_WAITING = 10_000
-_AT_ONCE = 1000  # numbers in one record
 _MAX_TEXT_CHARS = 100_000
-_LAST_ROW = 1 << 62
+_LAST_ROW = 1 << 62  # higher than the id of any row
 _log = logging.getLogger(__name__)
 
 
@@ -161,7 +163,8 @@ class FederationRun:
         self._label(Tags({key: value for key, value in tags.items() if self._waiting.is_key(key)}))
 
     def _label(self, payload: Params | Tags) -> None:
-        if payload.values and not self._was_begun:  # an earlier receiver has logged them, perhaps with other values
+        # If the run was begun, an earlier receiver has logged these, perhaps with other values.
+        if payload.values and not self._was_begun:
             self._add(payload, None)
 
     def log_text(self, key: str, text: str, round_number: int) -> None:
@@ -213,7 +216,8 @@ class FederationRun:
         self._thread.join(timeout_s)
         self._stop.set()
         if self._thread.is_alive():
-            _log.warning("the federation run is not complete; `trackhub replay` completes it")
+            command = command_for("trackhub replay", self._journal.path.parent)
+            _log.warning("the federation run is not complete. Complete it with `%s`", command)
 
     def _main(self) -> None:
         warned = False
@@ -307,13 +311,13 @@ class FederationRun:
 
     def _store_health(self, last: Record) -> None:
         """Store how delivery stands when a round's statistics are written."""
-        items = [item for item in self._health.values().items() if self._waiting.is_key(item[0])]
-        parts = [Metrics(dict(items[i : i + _AT_ONCE])) for i in range(0, len(items), _AT_ONCE)]
+        values = {key: value for key, value in self._health.values().items() if self._waiting.is_key(key)}
+        parts = [Metrics(part) for part in in_records(values)]
         record = msgspec.structs.replace(last, time=time.time())
         self._store(self._facts, [msgspec.structs.replace(record, payload=part) for part in parts], {})
 
-    def _store(self, stream: _Stream, records: Sequence[Record], facts: Mapping[str, str]) -> None:
-        site = stream.append(records, facts)
+    def _store(self, stream: _Stream, records: Sequence[Record], meta: Mapping[str, str]) -> None:
+        site = stream.append(records, meta)
         self._notify_lanes(site)
         self._counts.note(site, self._waiting.dropped, final=False)
 
@@ -362,7 +366,7 @@ class _Waiting:
         try:
             self.check_key(key)
         except RefusedRecordError as e:
-            _log.debug("the federation run has no %r: %s", key[:80], e)
+            _log.debug("the federation run leaves out the key %r: %s", key[:80], e)
             return False
         return True
 
@@ -445,12 +449,12 @@ class _Stream:
             self._site = site
         return self._next_seq
 
-    def append(self, records: Sequence[Record], facts: Mapping[str, str], *, wait_s: float = WAIT_S) -> int:
-        """Store records, and facts about the job, in one transaction. Return the id of the federation run's site.
+    def append(self, records: Sequence[Record], meta: Mapping[str, str], *, wait_s: float = WAIT_S) -> int:
+        """Store records, and entries of the table ``meta``, in one transaction. Return the id of the run's site.
 
         Args:
             records: the records, whose numbers this sets.
-            facts: facts about the job.
+            meta: entries of the journal's table ``meta``.
             wait_s: the longest wait for a locked journal, in seconds.
 
         Raises:
@@ -463,7 +467,7 @@ class _Stream:
         frames = [encode_frame(msgspec.structs.replace(r, seq=first + i)) for i, r in enumerate(records)]
         batch = Batch(self.name, first, after, len(records), b"".join(frames))
         stored = lambda row, _: self._health.note_stored(row)  # noqa: E731
-        self._journal.append(self._site, batch, {}, began=began, facts=facts, stored=stored, wait_s=wait_s)
+        self._journal.append(self._site, batch, {}, began=began, facts=meta, stored=stored, wait_s=wait_s)
         self._next_seq = after
         return self._site
 
