@@ -12,18 +12,13 @@ import contextlib
 import errno
 import fcntl
 import os
-import threading
 import weakref
 from pathlib import Path
 
+from trackhub.fork_without_signals import FORK_LOCK, do_in_child
 from trackhub.protect_descriptors import OwnDescriptor
 
-__all__ = ["FORK_LOCK", "ProcessLock", "is_free"]
-
-FORK_LOCK = threading.RLock()
-"""Held while a file is opened, locked and noted. Another thread that forks waits for it. Otherwise the child would
-inherit a locked file that it does not know of, and would keep it locked. A signal handler that interrupts the holder
-may fork."""
+__all__ = ["ProcessLock", "is_free"]
 
 _HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
@@ -105,9 +100,8 @@ _locks: weakref.WeakSet[ProcessLock] = weakref.WeakSet()
 
 
 def _abandon_all() -> None:
-    FORK_LOCK.release()
     for lock in list(_locks):
         lock.abandon()
 
 
-os.register_at_fork(before=FORK_LOCK.acquire, after_in_parent=FORK_LOCK.release, after_in_child=_abandon_all)
+do_in_child(_abandon_all)

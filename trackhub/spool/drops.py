@@ -13,8 +13,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from trackhub.fork_without_signals import FORK_LOCK
 from trackhub.framing import encode_frame
-from trackhub.process_lock import FORK_LOCK
 from trackhub.records import Gap, Record
 from trackhub.spool.writer_ledger import DROP_REASONS, LEFT_OUT_REASONS, Ledger
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import os
 import time
 import weakref
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trackhub.errors import SpoolError
+from trackhub.fork_without_signals import do_in_child
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
 from trackhub.spool.acks import ack_file, read_ack, read_retired
@@ -392,4 +392,4 @@ def _start_streams_after_fork() -> None:
             writer._after_fork()
 
 
-os.register_at_fork(after_in_child=_start_streams_after_fork)
+do_in_child(_start_streams_after_fork)
