@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Secrets in options: refuses literal secrets, and resolves references to secrets at the receiver.
 
-`trackhub.registry` and `trackhub.operator_file` call it for a backend's options, and `trackhub.context` to hide the
-secrets of a command line. A job's options travel through files, archives and other sites, so they may name a
-secret but never hold one::
+`trackhub.registry` and `trackhub.operator_file` call it for a backend's options. `trackhub.context` and
+`trackhub.flare.log_job_context` call it to hide the secrets of a command line and of a recipe's arguments. A job's
+options travel through files, archives and other sites, so they may name a secret but never hold one::
 
     ${secret:WANDB_API_KEY}              an environment variable of the receiver's process
     ${secret:file:/run/secrets/wandb}    a file on the receiver's machine, without its trailing newline
@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote
 
 from trackhub.conceal import remember_secret
 from trackhub.errors import ConfigError, InvalidOptionError
@@ -41,19 +41,23 @@ __all__ = [
 _REFERENCE = re.compile(r"\$\{secret:(?:file:(?P<file>[^{}\s\x00]+)|(?P<env>[A-Za-z_][A-Za-z0-9_]*))\}")
 _MARKER = "${secret:"
 
+# All patterns take time in proportion to the text, since an argument may have 128 KiB. So a pattern that begins with a
+# run of characters begins only where the run begins, and a part that can fail only once is atomic: `(?>...)`, `++`.
+#
 # Only the end of a key decides: `api_token` holds a secret; `token_file` and `max_tokens` do not.
 _SECRET_KEY = re.compile(
     r"(?:^|[_.-])(?:api_?key|access_?key|secret_?key|private_?key|auth_?key|secret|token|password|passwd|passphrase"
     r"|pwd|credentials?|authorization)$"
 )
-# What is only shown is hidden sooner: by any name that may be one of a secret, unless it also is the name of a number.
+# A text that is only shown is judged more strictly: a value is hidden if its name may be that of a secret, such as
+# `wandb_key`. Names of counts, such as `max_token`, are an exception.
 _SECRET_WORD = re.compile(
     r"(?:.*(?:key|token|secret|password|passwd|passphrase|credential)s?|pass|pwd|pw|pat|auth|authorization|bearer|creds?"
     r"|login|cookie|jwt|otp|sas|(?:.*[_.-])?sig(?:nature)?)"
 )
 _COUNT_WORDS = {"max", "min", "n", "num", "number", "count", "total", "per"}
 _WORD_END = re.compile(r"[_.-]+")
-_INDEX = re.compile(r"(?:\[\d+\])+$")
+_INDEX_REVERSED = re.compile(r"\n?(?:\]\d+\[)+")
 _CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 # A git commit has the shape of an old W&B key.
 _COMMIT_KEY = re.compile(r"(?:^|[_.-])(?:commit|sha|sha1|revision|rev)$")
@@ -65,24 +69,38 @@ _SECRET_SHAPES = (
     ("a GitLab token", re.compile(r"\bglpat-[A-Za-z0-9_-]{20,}")),
     ("a Hugging Face token", re.compile(r"\bhf_[A-Za-z0-9]{30,}")),
     ("a Slack token", re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}|\bhooks\.slack\.com/services/\w+/\w+/\w+")),
-    ("a JSON web token", re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*")),
+    (
+        "a JSON web token",
+        re.compile(
+            r"(?<![A-Za-z0-9_-])(?>[A-Za-z0-9_-]*?\beyJ)[A-Za-z0-9_-]{8,}+\.eyJ[A-Za-z0-9_-]{8,}+\.[A-Za-z0-9_-]*"
+        ),
+    ),
     ("a private key", re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")),
 )
-# A parameter of a URL. As an option, its name is judged as that of an option is, and some are secrets only in a URL.
+# A parameter of a URL. A name that is secret as an option is secret here. Some names are secret only in a URL.
 _URL_PARAMETER = re.compile(r"([?&;#])([\w.~-]+)=([^&;#\s]+)")
 _SECRET_IN_URL = re.compile(r"(?:auth|jwt|(?:.*[_.-])?sig(?:nature)?)")
-# A login in a URL is refused even if the password is a reference, since logs, reports and results show URLs.
-_URL_LOGIN = re.compile(r"://[^/?#\s@]*@")
-_BARE_LOGIN = re.compile(r"(?<![\w/.-])([\w.-]+):[^\s:/@]+@(?=[\w.-])")  # user:password@host, without a scheme
+# A login in a URL is refused even if the password is a reference, since logs, reports and results show URLs. As for
+# `urllib`, the login ends at the last "@" before the path: a password may hold an "@". As for SQLAlchemy, it may also
+# hold "/", "?" and "#". Then what follows the first colon is not a port.
+_URL_LOGIN = re.compile(r"""(?<![\w/.-])//(?:[^/?#\s]*|[^:/?#\s\[@]+:(?!\d*(?:[/?#\s"',;)]|\Z))(?:[^\s/]|/(?!/))*)@""")
+_URL_START = re.compile(r"\s*(?:[A-Za-z][A-Za-z0-9+.-]*:)?//")
+_LOGIN = re.compile(r"([^/?#]*|[^:/?#\[@]+:(?!\d*(?:[/?#]|\Z))[^@]*)@")
+# user:password@host, without a scheme: from the first name with a colon to the last "@" of a word
+_BARE_LOGIN = re.compile(r"(?<![^\s/])((?>[^\s/]*?(?<![\w/.-])[\w.-]++:))[^\s/]+@(?=[\w.-])")
 
 # Parts of a longer text that may hold a secret: ``api_key=...``, ``"token": "..."``, ``--password ...``. All that is in
 # quotes counts as the secret.
 _ANY_REFERENCE = re.compile(r"\$\{secret:[^}\s]*\}?")
-_VALUE = r"""(?:Bearer|Basic|Token)\s+[^\s"']+|"[^"]*"|'[^']*'"""
-_NAMED = re.compile(rf"""([\w.-]+)(["']?\s*(?:=|:(?!//))\s*)({_VALUE}|[^\s"',;&}}\])]+)""", re.I)
-_FLAGGED = re.compile(rf"(?<![\w.-])(--?[A-Za-z][\w.-]*)(\s+)({_VALUE}|[^\s-]\S*)", re.I)
+_QUOTED = r"""(?:Bearer|Basic|Token)\s+[^\s"']+|"[^"]*"|'[^']*'"""
+_NAME = re.compile(r"""(?<![\w.-])([\w.-]++)["']?\s*(?:=|:(?!//))\s*""")
+_VALUE = re.compile(rf"""{_QUOTED}|[^\s"',;&}}\])]+""", re.I)
+_FLAG = re.compile(r"(?<![\w.-])(--?[A-Za-z][\w.-]*+)\s+")
+_VALUE_OF_FLAG = re.compile(rf"{_QUOTED}|[^\s-]\S*", re.I)
 _KEY_BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*", re.S)
-_HEX_WORD = re.compile(r"([\w.-]*)([=:\s\"']*)\b(?:local-)?[0-9a-f]{40}\b")
+_HEX_WORD = re.compile(r"\b(?:local-)?[0-9a-f]{40}\b")
+_NAME_BEFORE = re.compile(r"""[\w.-]*\Z""")
+_NAME_CHARS = 20  # the end of a name that says whether it names a commit
 _HIDDEN = "***"
 
 
@@ -104,7 +122,9 @@ def is_secret_name(name: str) -> bool:
 
 
 def may_name_secret(name: str) -> bool:
-    """Return whether something of this name is better not shown: `is_secret_name`, and also ``wandb_key`` or ``pass``.
+    """Return whether a value of this name should be hidden.
+
+    That holds for each name that `is_secret_name` accepts, and for more, such as ``wandb_key`` and ``pass``.
 
     Args:
         name: the name of a flag, an argument or a variable, such as ``--wandb-key``.
@@ -145,11 +165,11 @@ def without_secrets(text: str) -> str:
     recognise other secrets.
     """
     text = _KEY_BLOCK.sub(_HIDDEN, _ANY_REFERENCE.sub(_HIDDEN, text))
-    for pattern in (_NAMED, _FLAGGED):
-        text = _hide_named(pattern, text)
+    text = _hide_named(_NAME, _VALUE, text)
+    text = _hide_named(_FLAG, _VALUE_OF_FLAG, text)
     text = _URL_PARAMETER.sub(_hide_parameter, text)
-    text = _URL_LOGIN.sub(f"://{_HIDDEN}@", text)
-    text = _BARE_LOGIN.sub(rf"\1:{_HIDDEN}@", text)
+    text = _URL_LOGIN.sub(f"//{_HIDDEN}@", text)
+    text = _BARE_LOGIN.sub(rf"\1{_HIDDEN}@", text)
     text = _HEX_WORD.sub(_hide_hex, text)
     for _, shape in _SECRET_SHAPES:
         text = shape.sub(_HIDDEN, text)
@@ -180,25 +200,30 @@ def _split_login(url: str) -> tuple[str, str]:
 
     If the URL has a user but no password, the user counts as a token and is returned in place of the password.
     """
-    try:
-        parts = urlsplit(url if "://" in url else f"//{url}")
-    except ValueError:
+    # Not `urlsplit`: it raises for a password with a bracket, and ends one with a slash there.
+    start = begin.end() if (begin := _URL_START.match(url)) is not None else 0
+    if (match := _LOGIN.match(url, start)) is None:
         return url, ""
-    login, at, host = parts.netloc.rpartition("@")
-    if not at:
-        return url, ""
-    user, colon, password = login.partition(":")
-    clean = urlunsplit(parts._replace(netloc=host))
-    return (clean if "://" in url else clean.removeprefix("//")), password if colon else user
+    user, colon, password = match[1].partition(":")
+    return url[:start] + url[match.end() :], password if colon else user
 
 
-def _hide_named(pattern: re.Pattern[str], text: str) -> str:
-    """Hide each value whose name may be one of a secret. A value may itself be a name and a value."""
+def _hide_named(name: re.Pattern[str], value: re.Pattern[str], text: str) -> str:
+    """Hide each value whose name may be one of a secret. A value may itself be a name and a value.
+
+    Args:
+        name: matches a name with what parts it from its value. Its first group is the name.
+        value: matches a value. It is tried only behind the name of a secret: texts may hold many names in one value,
+            and each value would be read once for each of them.
+        text: the text.
+    """
     parts, place = [], 0
-    while (match := pattern.search(text, place)) is not None:
-        is_secret = may_name_secret(match[1])
-        parts += [text[place : match.end(2)], _HIDDEN if is_secret else ""]
-        place = match.end() if is_secret else match.end(2)
+    while (match := name.search(text, place)) is not None:
+        parts.append(text[place : match.end()])
+        place = match.end()
+        if may_name_secret(match[1]) and (found := value.match(text, place)) is not None:
+            parts.append(_HIDDEN)
+            place = found.end()
     return "".join([*parts, text[place:]])
 
 
@@ -211,7 +236,11 @@ def _is_secret_parameter(name: str) -> bool:
 
 
 def _hide_hex(match: re.Match[str]) -> str:
-    return match[0] if _COMMIT_KEY.search(_key_of(match[1])) else f"{match[1]}{match[2]}{_HIDDEN}"
+    text, end = match.string, match.start()
+    while end and (text[end - 1] in "=:\"'" or text[end - 1].isspace()):
+        end -= 1
+    name = _NAME_BEFORE.search(text, max(0, end - _NAME_CHARS), end)
+    return match[0] if name is not None and _COMMIT_KEY.search(_key_of(name[0])) else _HIDDEN
 
 
 def refuse_references(path: str, value: Any, secret_options: Iterable[str]) -> None:
@@ -337,7 +366,9 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _key_of(path: str) -> str:
-    return _CAMEL_HUMP.sub("_", _INDEX.sub("", path)).lower()
+    if (index := _INDEX_REVERSED.match(path[::-1])) is not None:
+        path = path[: -index.end()]
+    return _CAMEL_HUMP.sub("_", path).lower()
 
 
 def _looks_secret(path: str, value: Any) -> str | None:

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from trackhub.context.describe_job_script import command_line, git_state, job_script, without_home
 from trackhub.context.machine import describe_machine
-from trackhub.secrets import without_secrets
+from trackhub.errors import InvalidOptionError
+from trackhub.secrets import refuse_literal_secrets, without_login, without_secrets
 
 PLANTED = "pl4nted-value"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -76,6 +79,47 @@ def test_a_text_without_secrets_stays_as_it_is(text: str) -> None:
     assert without_secrets(text) == text
 
 
+@pytest.mark.parametrize("password", ["p@ss", "p@s:s@", "p/w", "p?w", "p#w", "p[w", "p:w", "12/w"])
+@pytest.mark.parametrize("form", ["{}", "--db={} --lr 0.1", '"uri":"{}"'])
+def test_a_password_in_a_url_is_hidden_whole_whatever_it_holds(form: str, password: str) -> None:
+    url = f"postgresql://u:{password}@host/db" if password != "12/w" else "//u:p@host/db"
+
+    assert without_secrets(form.format(url)) == form.format(f"{url.partition('//')[0]}//***@host/db")
+    assert without_login(url) == f"{url.partition('//')[0]}//host/db"
+
+
+@pytest.mark.parametrize("password", ["p@ss", "p:w", "p@s:s"])
+def test_a_password_before_a_host_without_a_scheme_is_hidden_whole(password: str) -> None:
+    assert without_secrets(f"--db u:{password}@host:5432/db") == "--db u:***@host:5432/db"
+
+
+def test_of_two_keys_beside_each_other_both_are_hidden() -> None:
+    assert without_secrets(f"{COMMIT}.{COMMIT}") == "***.***"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "a", "_", "a-", "=", ":", "@", "'", '"', "%", "/", "a=", "a:", "a:b@", "a:b,", "://", "://a:b", "?a=", "-a ",
+        "a=Token ", "a='b=\"", "eyJabcdefgh-", "eyJabcdefgh.", f"{COMMIT}.", f"{COMMIT} ", "local-", "${secret:", "[1]",
+        "-----BEGIN PRIVATE KEY ", "hooks.slack.com/services/a/",
+    ],
+)  # fmt: skip
+def test_a_long_argument_takes_time_in_proportion_to_its_length(part: str) -> None:
+    def seconds(chars: int) -> float:
+        text = f"{part * (chars // len(part))}!"
+        begin = time.process_time()
+        without_secrets(text)
+        for path, value in (("x.note", text), (text, "v")):
+            with contextlib.suppress(InvalidOptionError):
+                refuse_literal_secrets(path, value)
+        return time.process_time() - begin
+
+    assert (
+        seconds(40_000) < 20 * min(seconds(4_000) for _ in range(3)) + 0.5
+    )  # quadratic time would be 100 times as long
+
+
 def test_an_old_wandb_key_without_a_name_is_hidden() -> None:
     assert without_secrets(f"--k {COMMIT}") == "--k ***"
 
@@ -120,6 +164,7 @@ def test_a_command_line_shows_names_and_numbers_that_only_sound_like_secrets(scr
     [
         ("https://ann:secret@github.com/o/r.git", "https://github.com/o/r.git"),
         ("ssh://ann@github.com/o/r", "ssh://github.com/o/r"),
+        ("https://ann:se@cret@github.com/o/r.git", "https://github.com/o/r.git"),
         ("ann@github.com:o/r.git", "github.com:o/r.git"),
         ("/home/ann/central.git", None),
         ("../central", None),

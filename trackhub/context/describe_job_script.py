@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trackhub.secrets import is_secret_name, may_name_secret, without_secrets
+from trackhub.secrets import is_secret_name, may_name_secret, without_login, without_secrets
 
 __all__ = ["command_line", "git_state", "job_script", "without_home"]
 
@@ -27,7 +27,6 @@ _MAX_COMMAND_CHARS = 4000
 _MIN_SECRET_CHARS = 8  # a shorter value could occur in an argument by chance
 _SHOWN = "***"
 _FLAG = re.compile(r"--?[A-Za-z][\w.-]*\Z")
-_URL_LOGIN = re.compile(r"(?<=://)[^/?#\s@]*@")
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
@@ -74,6 +73,8 @@ def command_line(argv: Sequence[str], script: Path, environ: Mapping[str, str]) 
         else:
             shown = _SHOWN if hides else without_secrets(shown)
         words.append(without_home(shown, home))
+        if sum(map(len, words)) > _MAX_COMMAND_CHARS:  # the rest is cut off
+            break
     return shlex.join(words)[:_MAX_COMMAND_CHARS]
 
 
@@ -114,7 +115,7 @@ def git_state(script: Path, timeout_s: float = _GIT_S) -> dict[str, str | bool]:
 def _address(remote: str) -> str:
     """Return the address of a git remote on another machine, without its user. Empty for a folder of this machine."""
     if "://" in remote:
-        return "" if remote.startswith("file:") else without_secrets(_URL_LOGIN.sub("", remote))
+        return "" if remote.startswith("file:") else without_secrets(without_login(remote))
     host, colon, path = remote.partition(":")
     return f"{host.rpartition('@')[2]}:{without_secrets(path)}" if colon and "/" not in host else ""
 
