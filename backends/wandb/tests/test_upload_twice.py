@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import os
+import re
+import struct
 from pathlib import Path
 
+import pytest
 from trackhub_wandb.offline import is_uploaded
+from trackhub_wandb.sdk_start_and_stop import import_sdk
 
 import trackhub
 from backends.wandb.tests.conftest import Rig, entry, losses
 from backends.wandb.tests.test_results import results_of, run_in_shell
 from tests.support.wandb_emulator import Emulator
 from trackhub.delivery.journal.report_builder import read_journal_report
-from trackhub.spi import Metrics, Params, RunStatus, Summary
+from trackhub.spi import Metrics, Params, RunStatus, Summary, TransientError
 
 
 def uploading_command(folder: Path) -> str:
@@ -78,3 +82,28 @@ def test_a_run_that_was_uploaded_while_it_was_open_is_written_anew(rig: Rig, emu
 
     (anew,) = rig.wandb_dir.glob("offline-run-*")  # of the same name, if it was begun in the same second
     assert not list(anew.glob("*.synced"))
+
+
+def test_an_uploaded_folder_that_is_damaged_is_named_and_leaves_no_run_open(rig: Rig) -> None:
+    run = rig.backend(mode="offline").open_run(rig.info())
+    run.write(losses(range(5)))
+    run.finish(RunStatus.FINISHED)
+    (folder,) = rig.wandb_dir.glob("offline-run-*")
+    (log,) = folder.glob("*.wandb")
+    no_record = b"\xff" * 4
+    log.write_bytes(log.read_bytes()[:7] + struct.pack("<IHB", 0, len(no_record), 1) + no_record)
+    log.with_suffix(".wandb.synced").touch()
+
+    for _ in range(2):
+        named = re.escape(str(folder))
+        with pytest.raises(TransientError, match=rf"{named} cannot be read: DecodeError: .*Move the folder away"):
+            rig.backend(mode="offline").open_run(rig.info())
+        singleton = import_sdk().sdk.wandb_setup._singleton
+        assert singleton is None or not singleton._active_runs
+
+    folder.rename(rig.folder / "moved")
+    run = rig.backend(mode="offline").open_run(rig.info())
+    run.write(losses(range(5)))
+    run.finish(RunStatus.FINISHED)
+    (anew,) = rig.wandb_dir.glob("offline-run-*")
+    assert not is_uploaded(anew)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,8 @@ _POLL_S = 0.02
 def offline_folders(wandb_dir: Path, run_id: str) -> list[Path]:
     """Return the folders that hold this run, oldest first.
 
-    There are several folders if the run was opened again without ``Redelivery.REBUILD``.
+    There are several if an uploaded folder was kept, or if the run was opened to go on with it (``resume_from`` above
+    0).
 
     Args:
         wandb_dir: the folder ``wandb`` that the SDK writes to.
@@ -56,7 +56,11 @@ def is_uploaded(folder: Path) -> bool:
 
 
 def _uploaded_rows(folders: Sequence[Path]) -> tuple[int, dict[str, Any]]:
-    """Return the position after the last row in these folders, and the last number or text of each key."""
+    """Return the position after the last row in these folders, and the last number or text of each key.
+
+    Raises:
+        TransientError: a folder cannot be read.
+    """
     end = 0
     last: dict[str, Any] = {}
 
@@ -71,8 +75,14 @@ def _uploaded_rows(folders: Sequence[Path]) -> tuple[int, dict[str, Any]]:
         return False
 
     for folder in reversed(folders):
-        for log in folder.glob("run-*.wandb"):
-            TransactionLog(log).contains(look)  # the newest row first
+        try:
+            for log in folder.glob("run-*.wandb"):
+                TransactionLog(log).contains(look)  # the newest row first
+        except Exception as error:
+            raise TransientError(
+                f"the uploaded W&B run in {folder} cannot be read: {type(error).__name__}: {error}. Move the folder "
+                "away; its rows are then uploaded again"
+            ) from error
     return end, last
 
 
@@ -100,7 +110,8 @@ class OfflineRun(BackendRun):
             run_folder: the job's run folder, in which a person runs ``wandb sync``.
 
         Raises:
-            TransientError: the SDK's service cannot be started, or the folder cannot be written.
+            TransientError: the SDK's service cannot be started, the folder cannot be written, or an uploaded folder of
+                the run cannot be read.
         """
         uploaded: list[Path] = []
         if info.resume_from == 0:
@@ -110,34 +121,36 @@ class OfflineRun(BackendRun):
                 if folder not in uploaded:
                     _log.info("The W&B run of %s is written anew, so its folder %s is removed", info.site, folder)
                     shutil.rmtree(folder, ignore_errors=True)
+        first_row, last = _uploaded_rows(uploaded)
         self._flush_timeout_s = options.flush_timeout_s
         self._finish_timeout_s = options.finish_timeout_s
         self._run_folder = run_folder
         self._own_columns = (options.step_metric, options.round_metric)
         offline = {"mode": "offline", "x_transaction_log_flush_interval": _DISK_INTERVAL_S}
+        run = None
         try:
             run = open_sdk_run({**settings, **offline}, config=first_config(info))
+            self._run = SdkRun(run, info, options, settings.get("run_tags") or (), self._keep_files)
+            if uploaded:
+                self._go_on_after(first_row, last)
         except Exception as error:
+            if run is not None:  # the SDK would refuse to open it again
+                abandon_runs([run])
             raise TransientError(
                 f"the offline W&B run of {info.site} cannot be opened in {wandb_dir}: {error}"
             ) from error
-        self._run = SdkRun(run, info, options, settings.get("run_tags") or (), self._keep_files)
-        if uploaded:
-            self._go_on_after(uploaded)
         self.has_ended = False
         self._log = TransactionLog(Path(run.settings.sync_file))
         self._on_disk: tuple[str, int] = self._run.last
 
-    def _go_on_after(self, uploaded: Sequence[Path]) -> None:
-        """Leave out the rows that were uploaded: W&B would store them a second time. Keep their last values.
+    def _go_on_after(self, first_row: int, last: dict[str, Any]) -> None:
+        """Leave out the rows that were uploaded: W&B would store them a second time.
 
-        Raises:
-            TransientError: a folder cannot be read.
+        Args:
+            first_row: the position after the uploaded rows.
+            last: their last values, which the run's summary gets.
         """
-        try:
-            self._run.first_row, last = _uploaded_rows(uploaded)
-        except (OSError, ValueError) as error:
-            raise TransientError(f"an uploaded W&B run cannot be read: {error}; delete its folder") from error
+        self._run.first_row = first_row
         shown = {key: value for key, value in last.items() if key not in self._own_columns}
         if shown:
             self._run.run.summary.update(shown)
@@ -175,14 +188,13 @@ class OfflineRun(BackendRun):
         if last == self._on_disk:
             return Confirmation.STORE
         deadline = time.monotonic() + self._flush_timeout_s
-        wait = threading.Event().wait
         while not self._is_in_file(last):
             if time.monotonic() > deadline:
                 raise TransientError(
-                    f"W&B's service did not write the last record to its file within {self._flush_timeout_s:.0f} s; "
-                    "check the free space there"
+                    f"W&B's service did not write the last record to {self._log.path} within "
+                    f"{self._flush_timeout_s:.0f} s; check the free space on its disk"
                 )
-            wait(_POLL_S)
+            time.sleep(_POLL_S)
         self._on_disk = last
         self._run.files.clear()
         return Confirmation.STORE
@@ -190,8 +202,10 @@ class OfflineRun(BackendRun):
     def _is_in_file(self, last: tuple[str, int]) -> bool:
         try:
             return self._log.contains(lambda record: _position(record) == last)
-        except OSError as error:
-            raise TransientError(f"the W&B run's file cannot be read: {error}") from error
+        except Exception as error:
+            raise TransientError(
+                f"the W&B run's file {self._log.path} cannot be read: {type(error).__name__}: {error}"
+            ) from error
 
     def finish(self, status: RunStatus) -> None:
         """End the run with this status. With the last run, end the SDK's service.

@@ -133,21 +133,21 @@ class SdkRun:
             Exception: the SDK failed. Its errors have no common base class.
         """
         rejected: list[Rejection] = []
-        labels: list[Entry] = []
+        config_entries: list[Entry] = []
         for entry in batch:
             if entry.position < self.next_position:
                 continue
             if isinstance(entry.payload, Params | Tags | Summary):
-                labels.append(entry)
+                config_entries.append(entry)
                 continue
-            rejected += self._store_labels(labels)
-            labels = []
+            rejected += self._store_config_entries(config_entries)
+            config_entries = []
             try:
                 self._store(entry)
             except Exception as error:  # noqa: BLE001 - `_rejection` raises an error that is not about the value
                 rejected.append(self._rejection(entry, error))
             self.next_position = entry.position + 1
-        return rejected + self._store_labels(labels)
+        return rejected + self._store_config_entries(config_entries)
 
     def _rejection(self, entry: Entry, error: Exception) -> Rejection:
         """Return the rejection of an entry that W&B cannot hold or the SDK refused. Raise any other error."""
@@ -157,7 +157,7 @@ class SdkRun:
             raise error
         return Rejection(entry.position, "invalid_value", f"{type(error).__name__}: {error}")
 
-    def _store_labels(self, entries: Sequence[Entry]) -> list[Rejection]:
+    def _store_config_entries(self, entries: Sequence[Entry]) -> list[Rejection]:
         """Hand the params, tags and final values of these entries to the SDK together.
 
         Each time, the SDK sends and keeps all that the run has, so one time for each entry would be slow. If the SDK
@@ -182,13 +182,13 @@ class SdkRun:
             except Exception as error:  # noqa: BLE001 - as in `write`
                 rejected.append(self._rejection(entry, error))
         try:
-            self._set_labels(params, summary, entries[-1].position, new_tags=self._tags is not before[0])
+            self._set_config_entries(params, summary, entries[-1].position, new_tags=self._tags is not before[0])
         except Exception as error:
             self._tags, self._summary = before
             if len(entries) == 1:
                 rejected = [self._rejection(entries[0], error)]
             elif self.is_refusal(error):
-                return [rejection for entry in entries for rejection in self._store_labels([entry])]
+                return [rejection for entry in entries for rejection in self._store_config_entries([entry])]
             else:
                 raise
         self.next_position = entries[-1].position + 1
@@ -228,7 +228,7 @@ class SdkRun:
         Raises:
             Exception: the SDK failed. Its errors have no common base class.
         """
-        if self._summary:  # set it again: W&B has replaced a final value by its key's value in a row
+        if self._summary:  # W&B replaces a final value when a row has its key, so set all of them again
             self.run.summary.update(self._summary)
         self.run.finish(exit_code=_EXIT_CODES.get(status, _FAILED))
         remove_links(self.run.settings.root_dir, self.run.id)
@@ -248,7 +248,7 @@ class SdkRun:
                 self._table(entry, payload)
             case Artifact():
                 self._artifact(entry, payload)
-            case _:
+            case _:  # never: the core rejects other kinds, and `write` takes out params, tags and final values
                 raise _Unstorable("unsupported_kind", f"{type(payload).__name__} is not among this backend's kinds")
 
     def _row(self, entry: Entry, values: Mapping[str, Any]) -> None:
@@ -269,19 +269,22 @@ class SdkRun:
         if self._summary:
             self.config["summary"] = dict(self._summary)
         config: Any = self.run.config
-        # Otherwise W&B would merge the new value of a nested param into the old one, leaf by leaf.
+        # Remove nested params first. Otherwise W&B would merge the new value into the old one, leaf by leaf.
         remove_from_config(self.run, [key for key in params if isinstance(config.get(key), dict)])
         config.update({**params, CONFIG_ENTRY: self.config}, allow_val_change=True)
         self.config_changed = True
         self.last = ("config", position)
 
-    def _set_labels(self, params: dict[str, Any], summary: dict[str, Any], position: int, *, new_tags: bool) -> None:
+    def _set_config_entries(
+        self, params: dict[str, Any], summary: dict[str, Any], position: int, *, new_tags: bool
+    ) -> None:
         if new_tags:
             shown = (tag_text(key, value) for key, value in self._tags.items())
             self.run.tags = tuple(dict.fromkeys((*self._fixed_tags, *shown)))
         if summary:
             self.run.summary.update(summary)
-        self._set_config(params, position)  # it also has the final values: the server confirms a config, not a summary
+        # The config holds the final values, too, since the server confirms a config and not a summary.
+        self._set_config(params, position)
 
     def _kept(self, what: str, kept: dict[str, Any], new: Mapping[str, Any], others: dict[str, Any]) -> dict[str, Any]:
         """Return the tags with new tags, or the final values with new final values.
@@ -335,7 +338,8 @@ class SdkRun:
         if len(payload.counts) > wandb.Histogram.MAX_LENGTH:
             raise _Unstorable(
                 "too_many_bins",
-                f"histogram {payload.key!r} has {len(payload.counts)} bins, W&B holds {wandb.Histogram.MAX_LENGTH}",
+                f"histogram {payload.key!r} has {len(payload.counts)} bins; W&B holds {wandb.Histogram.MAX_LENGTH} at "
+                "most. Log fewer bins",
             )
         # The SDK's type says arrays, but it also takes lists, for which it does not need numpy.
         bins: Any = (payload.counts, payload.edges)
@@ -348,14 +352,14 @@ class SdkRun:
         if len(payload.rows) > wandb.Table.MAX_ARTIFACT_ROWS:
             raise _Unstorable(
                 "too_large",
-                f"table {payload.key!r} has {len(payload.rows)} rows, W&B holds {wandb.Table.MAX_ARTIFACT_ROWS}: "
-                "log it as an artifact",
+                f"table {payload.key!r} has {len(payload.rows)} rows; W&B holds {wandb.Table.MAX_ARTIFACT_ROWS} at "
+                "most. Log it as an artifact",
             )
         if len(payload.columns) > _MAX_COLUMNS:
             raise _Unstorable(
                 "too_large",
-                f"table {payload.key!r} has {len(payload.columns)} columns, this backend stores {_MAX_COLUMNS}: "
-                "log it as an artifact",
+                f"table {payload.key!r} has {len(payload.columns)} columns; this backend stores {_MAX_COLUMNS} at "
+                "most. Log it as an artifact",
             )
         table = wandb.Table(columns=list(payload.columns), data=[], allow_mixed_types=True)
         # The constructor would work out the type of each cell, although the columns take any type. For 100,000 cells,

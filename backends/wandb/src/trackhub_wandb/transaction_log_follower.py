@@ -25,11 +25,15 @@ _FULL, _FIRST, _LAST = 1, 2, 4
 
 
 class TransactionLog:
-    """Reads what was appended to the file since the last call."""
+    """Reads what was appended to the file since the last call.
+
+    Attributes:
+        path: the file.
+    """
 
     def __init__(self, path: Path) -> None:
         """Start at the first record. The file need not exist yet."""
-        self._path = path
+        self.path = path
         self._offset = _FILE_HEADER_BYTES
         self._begun = b""
 
@@ -38,6 +42,7 @@ class TransactionLog:
 
         Raises:
             OSError: the file cannot be read.
+            google.protobuf.message.DecodeError: the file is damaged.
         """
         from wandb.proto import wandb_internal_pb2
 
@@ -46,7 +51,7 @@ class TransactionLog:
         return any(wanted(parse(data)) for data in reversed(self._new_records()))
 
     def _new_records(self) -> list[bytes]:
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
         records = []
