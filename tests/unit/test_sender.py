@@ -22,6 +22,7 @@ from trackhub.delivery.receiver import Receiver
 from trackhub.delivery.sender import Sender
 from trackhub.errors import SpoolError
 from trackhub.job_and_run_info import JobInfo, RunStatus, Side
+from trackhub.runnable_commands import command_for
 from trackhub.writer.writer import Writer
 
 
@@ -383,7 +384,8 @@ def test_two_receivers_of_one_site_each_get_everything(tmp_path: Path) -> None:
 def test_every_record_of_a_killed_trainer_is_delivered(rig: SenderRig) -> None:
     code = """
         import os, sys
-        from trackhub.writer.writer import Writer
+        from trackhub.runnable_commands import command_for
+from trackhub.writer.writer import Writer
         writer = Writer(sys.argv[1])
         i = 0
         while True:
@@ -469,3 +471,22 @@ def acked(rig: SenderRig, seq: int) -> threading.Event:
 
     rig.after = look
     return event
+
+
+def test_a_flush_blames_no_receiver_for_a_defect_that_ends_the_sender(
+    rig: SenderRig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def defect(_: bool) -> None:
+        while not sender._passes.waiting:
+            threading.Event().wait(0.001)
+        raise RuntimeError("a defect")
+
+    log(rig.spool, 10)
+    sender = rig.sender(start=False)
+    monkeypatch.setattr(sender, "_drain", defect)
+    sender.start()
+
+    assert not sender.flush(WAIT_S)
+
+    assert f"`{command_for('trackhub replay', rig.spool)}`" in caplog.text
+    assert "did not acknowledge" not in caplog.text

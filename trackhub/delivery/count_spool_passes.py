@@ -15,7 +15,8 @@ class SpoolPasses:
     """Counts the sender's passes over the spool, so that `Sender.flush` knows when a later pass has ended. Thread-safe.
 
     Attributes:
-        changed: the lock around the other attributes. It notifies when a pass ends, and when the sender ends.
+        changed: the lock around the other attributes. It notifies when a pass ends, when files are on their way or have
+            arrived, and when the sender ends.
         done: how many passes have sent everything that they could read.
         was_complete: True if the last of these passes could read everything.
         running: True if a pass has begun and has not sent everything yet.

@@ -49,7 +49,7 @@ from trackhub.spool.round_file import RoundFile
 __all__ = ["Sender"]
 
 _ENOUGH_BYTES = 64 << 10  # a thousand records of one metric; the sender does not wait for more than this
-_FILES_S = 1.0  # how long a round waits for files. A large file on a slow channel must not delay each round.
+_FILES_S = 1.0  # how long a flush waits for files. A large file on a slow channel must not delay each round.
 _JOIN_MARGIN_S = 1.0  # for the work of the thread after its last request
 _COUNT_S = 1.0  # for reading a spool to count its records. The ledgers count whatever is left unread.
 _log = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ class Sender:
     pieces. Between two pieces, the sender sends the batches that are due. No error reaches the training: what cannot be
     sent stays in the spool, and the log says so.
 
-    A sender owns its end of the spool: it holds the lock of its cursor. While another sender or a replay holds that
-    lock, this sender waits and sends nothing.
+    A sender sends only while it holds the lock of its cursor. It waits while another sender or a replay holds it.
 
     Attributes:
         site: the site that the spool belongs to.
@@ -87,7 +86,7 @@ class Sender:
             spool: the spool's folder, which was given to `create_spool`. If the disk was full, the spool may still be
                 missing there. ``cursor`` must be one of its cursors.
             channel: carries the requests to the receiver. Called from the sender's thread alone.
-            cursor: which of the site's receivers this is. Each has a sender of its own, with its own cursor.
+            cursor: the name of the receiver that this sender serves. Each receiver of a site has a sender and a cursor.
             limits: sizes, pauses and waits, as in `trackhub.limits.Limits`.
             lock: the lock of this cursor, if the caller has taken it. The sender gives it back when it ends.
 
@@ -133,9 +132,9 @@ class Sender:
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until the receiver has all that was logged before this call. It waits at most a second for files.
 
-        Returns False at once if the previous flush timed out and the receiver has not replied since. So a receiver that
-        does not reply costs one timeout, not one per round. Returns False at once, too, if the receiver refused the
-        site. If a part of the spool cannot be read, it returns False as soon as the receiver has the rest.
+        Returns False at once if the receiver refused the site, if the sender does not run, or if the previous flush
+        timed out and the receiver has not replied since. So a receiver that does not reply costs one timeout, not one
+        per round. If a part of the spool cannot be read, it returns False as soon as the receiver has the rest.
 
         Args:
             timeout_s: the longest wait, in seconds; by default ``limits.barrier_s``.
@@ -163,7 +162,9 @@ class Sender:
                         break
                     self._wake.set()  # each time, since the sender clears it when it wakes
                     left_s = deadline - time.monotonic()
-                    if left_s <= 0 or not self._thread.is_alive():
+                    if not self._thread.is_alive():
+                        return False  # `_main` has logged why
+                    if left_s <= 0:
                         self._give_up_flush()
                         return False
                     # Wait for one poll at most. The reader may get past the ends in the middle of a pass, and nothing
@@ -210,7 +211,7 @@ class Sender:
         else:
             self._join()
         if self._thread.is_alive():
-            # The channel does not return. Only the sender's thread may use the reader. So do not count again.
+            # The channel does not return. Only the sender's thread may count with the reader.
             self._counts = msgspec.structs.replace(self._counts, complete=False)
             _log.warning(
                 "the sender of site %s does not return from a request. After the job, deliver what is left with "
@@ -234,12 +235,11 @@ class Sender:
     def _main(self) -> None:
         try:
             self._run()
-        except Exception:
-            # A defect of trackhub. Training must go on.
+        except Exception:  # a defect of trackhub; training must go on
             self._counts = msgspec.structs.replace(self._counts, complete=False)
             _log.exception(
-                "the sender of site %s ended unexpectedly; its records stay in %s, for `trackhub replay` after the job",
-                self.site, self.folder,
+                "the sender of site %s ended unexpectedly. Its records stay in its spool; after the job, run `%s`",
+                self.site, command_for("trackhub replay", self.folder),
             )  # fmt: skip
         finally:
             self._end()
@@ -333,7 +333,7 @@ class Sender:
     def _pass(self, *, final: bool) -> None:
         """Send all that is in the spool now, unless the receiver refuses the site or the deadline passes."""
         self._passes.begin()
-        self._round.look_again()
+        self._round.look_again()  # the round's file may have been missing on a full disk
         if self._greet() and (complete := self._drain(final)) is not None:
             self._reader.tidy_up()
             self._passes.end(complete=complete)
@@ -363,7 +363,7 @@ class Sender:
         Returns:
             True if everything could be read, False if not; None if the deadline passed first.
         """
-        is_first = True
+        is_first = True  # after the deadline, one batch is still tried: the deadline may be 0
         try:
             self._reader.begin_pass(final=final, round_ends=self._passes.waiting > 0)
             if not self._place_streams():
@@ -386,8 +386,8 @@ class Sender:
     def _place_streams(self) -> bool:
         """Ask the receiver what it has of the streams whose ``.ack`` file is lost. Return False if it does not reply.
 
-        Without this, records that the receiver has would count as lost if the spool has deleted them. The others would
-        be sent again.
+        Without this, records that the receiver has would count as lost if the spool has deleted them, and would be sent
+        again if it has not.
         """
         unplaced = self._reader.unplaced_streams() if self._session.may_ask else []
         for i in range(0, len(unplaced), MAX_STREAMS):
