@@ -139,7 +139,8 @@ class RunInfo(msgspec.Struct, frozen=True):
         side: where the receiver is. When both sides may write to one store, they need different runs: use ``run_id``.
         created: unix seconds (UTC) of the run's first record.
         resume_from: position of the first record that the lane will hand over. It is 0 for a new run. After a restart
-            and in a replay, it is more. The run may then hold later records, which were written but not confirmed.
+            and in a replay, it is more, unless the run is rebuilt (``Redelivery.REBUILD``). The run may then hold later
+            records, which were written but not confirmed.
         blob_dir: the folder with the bytes of images and artifacts, one file per blob name.
         parent: the run that this run is shown under, where a backend can show that: the job's federation run. None for
             the federation run itself.

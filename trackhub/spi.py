@@ -113,8 +113,9 @@ class Redelivery(StrEnum):
     RESUMABLE = "resumable"
     """The opened run says where it stands (``BackendRun.next_position``). The lane goes on from there."""
     REBUILD = "rebuild"
-    """A later lane writes the run anew from its first record, unless the run was finished and no record follows. If
-    ``RunInfo.resume_from`` is 0, ``open_run`` deletes what the store has of the run. Otherwise it continues the run."""
+    """A later lane writes the run anew from its first record, unless the run was finished and no record follows. Then
+    ``RunInfo.resume_from`` is 0, and ``open_run`` deletes what the store has of the run. It is above 0 only if another
+    journal delivered the beginning: ``open_run`` then continues the run."""
     AT_LEAST_ONCE = "at_least_once"
     """They are stored twice. The core counts them as possible duplicates."""
 
@@ -196,8 +197,8 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             rejects later values that differ as ``param_changed``.
         any_order: whether an entry may be stored after later ones of its run. If one entry keeps failing, the core then
             writes other entries, to test whether the store is down. With ``idempotent``, these may be entries that are
-            stored already. So ``write`` must reach the store even for metrics that it has written before. While the
-            store takes no writes, that call must fail.
+            stored already. So ``write`` must reach the store even for metrics that it has written before, and must fail
+            while the store takes no writes.
         probe: whether the runs implement ``probe``. It is the same test, for a store that must keep the order.
         files_beside: the kinds, images or artifacts, whose files a second thread may hand to ``write``, one at a time.
             The lane's thread meanwhile calls the run's methods with everything else. Then a large or refused file holds
@@ -357,8 +358,8 @@ class BackendRun:
         """Store these 1 to ``capabilities.max_batch`` entries, in this order. Their positions rise.
 
         With ``ConfirmedBy.WRITE``, returning confirms the batch. With ``ConfirmedBy.FLUSH``, the next ``flush`` that
-        returns confirms it. After an error the lane hands over the entries again, perhaps in smaller batches. It
-        rejects an entry that raises `PermanentError` alone.
+        returns confirms it. After an error the lane hands over the entries again, perhaps in smaller batches. If an
+        entry raises `PermanentError` when it is handed over alone, the lane rejects it.
 
         Returns:
             None if everything was stored. Otherwise the entries that can never be stored.
@@ -388,8 +389,8 @@ class BackendRun:
     def left_out(self) -> Sequence[Entry]:
         """Return written entries that the last ``flush`` did not confirm, such as rows whose files are on their way.
 
-        Only these entries stay pending. Return each of them after every ``flush`` until it is stored. Not called if
-        ``redelivery.needs_order``.
+        Only these entries stay pending. Return each of them after every ``flush`` until it is stored, and 64 entries at
+        most: with more, the lane calls ``flush`` again later. Not called if ``redelivery.needs_order``.
         """
         return ()
 
@@ -465,9 +466,9 @@ class Backend(Generic[OptionsT_co]):
         """Check before training starts that the backend can be used here: a login, a reachable server.
 
         Raises:
-            ConfigError: it cannot, and somebody must change the configuration. This stops the job. After the limit
-                ``preflight_s`` it stops only the backend's lane, and the records wait for a replay.
-            TransientError: it cannot now, but may later. The job goes on, and the records wait.
+            ConfigError: the backend cannot be used, and somebody must change the configuration. This stops the job.
+                After the limit ``preflight_s`` it stops only the backend's lane, and the records wait for a replay.
+            TransientError: it cannot be used now, but perhaps later. The job goes on, and the records wait.
         """
 
     def open_run(self, info: RunInfo) -> BackendRun:

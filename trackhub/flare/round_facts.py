@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Works out what happened in one round: which sites took part, who waited for whom, and how much model went around.
+"""Works out what happened in one round: which sites took part, who waited for whom, how many model bytes were sent.
 
 `federation_watch` tells a `Round` which tasks the server hands out and which results come. A round may have several
 tasks: to all sites at once, to one site after another, or one task after another to the same sites.
@@ -30,9 +30,9 @@ class _Handed:
     def __init__(self, task: HandedTask, at: float, out_since: float) -> None:
         self.task = task
         self.at = at
-        self.out_since = out_since  # from when on the site could have asked for it
+        self.out_since = out_since  # since when the site could ask for it
         self.has_answer = False
-        self.result_at: float | None = None  # None as well if the site says that the task failed
+        self.result_at: float | None = None  # None until the result comes, and if the site says that the task failed
 
 
 class Round:
@@ -130,7 +130,10 @@ class Round:
         return found
 
     def waits(self) -> dict[str, float]:
-        """Return site -> for how many seconds its results waited for the last result of the sites beside it."""
+        """Return site -> how many seconds its results waited for the last result of their groups.
+
+        `_results_together` says what a group is.
+        """
         found: dict[str, float] = {}
         for results in self._results_together():
             last = max(results.values())
@@ -139,7 +142,10 @@ class Round:
         return found
 
     def waited_for(self) -> dict[str, float]:
-        """Return the sites whose result came last, and for how many seconds all sites beside it waited for it alone."""
+        """Return site -> how many seconds all other sites of its group waited for it alone.
+
+        Only sites whose result came last are in it.
+        """
         found: dict[str, float] = {}
         for results in self._results_together():
             if len(results) > 1:
@@ -167,7 +173,7 @@ class Round:
         return found
 
     def row(self, seconds: float) -> str:
-        """Return the round's row in the summary, in Markdown."""
+        """Return the round's row of the table that `TABLE_HEAD` begins, in Markdown."""
         waited = "; ".join(f"{_cell(site)}, {wait:.1f} s" for site, wait in self.waited_for().items()) or "-"
         missing, failed = (", ".join(map(_cell, sorted(sites))) or "-" for sites in (self.missing(), self.failed))
         return (

@@ -3,12 +3,13 @@
 
 Each widget makes one: `ClientRounds` or `ServerRounds`. It gets FLARE's events before all other components, so that
 what a component logs in an event already carries the right round. A task without a round ends the current round, so
-that later records do not carry it. Only a client that controls its own workflow keeps its round at such a task.
+that later records do not carry it. Two keep their round: a client that controls its workflow, and a server whose
+workflow says itself when a round starts.
 
 A workflow can cut off a slow client: FLARE then hands over the next task while the script still works on the old one.
-Nothing tells trackhub when the script takes the new model. So records get no round until a task has ended well and no
-other task is open. After a task that failed in an executor without such a script, nothing works on, and the next task's
-round is certain.
+Nothing tells trackhub when the script takes the new model. So records get no round until a task has ended well, with no
+other task open, and the next task begins. If a task failed in an executor without such a script, nothing works on it,
+and the next task's round is certain.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = ["ClientRounds", "ServerRounds"]
 
 
 class _OpenTasks:
-    """The tasks that a client's trainers may still work on. It sets the round of the client. Thread-safe."""
+    """Keeps the tasks that a client's trainers may still work on, and sets the client's round. Thread-safe."""
 
     def __init__(self, set_round: Callable[[int | None], None]) -> None:
         self._lock = threading.Lock()
@@ -94,8 +95,8 @@ class ClientRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
             set_round: called with the round whenever it may have changed. It must not raise.
             end: called with a status when a task or a call of the Collab API has ended, and at each reply of a Flower
                 app. It must not raise.
-            take_result: called with a task's data and what ``execute`` returned, also after a failed task. It must not
-                raise. None calls nothing.
+            take_result: called with a task's data and what ``execute`` returned, also if that says that the task
+                failed. Not called if ``execute`` raised. It must not raise. None calls nothing.
         """
         super().__init__()
         self._end = end
@@ -165,7 +166,7 @@ class ServerRounds(FLComponent):  # type: ignore[misc]  # FLARE has no types
         """
         super().__init__()
         self._set_round = set_round
-        self._workflow_tells = False
+        self._workflow_tells = False  # True once the workflow fired ROUND_STARTED. Its tasks are not asked then
         flare_internals.add_first_handler(engine, self)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:

@@ -56,7 +56,7 @@ _TURN_S = 0.1
 _LEFT_OUT_S = 0.5
 """The shortest pause, in seconds, before the backend is asked again to confirm the entries that it left out."""
 
-_MAX_LEFT_OUT = 64
+_MAX_LEFT_OUT = 64  # entries that the backend may leave out. Each confirmation stores all of them in the journal
 
 _log = logging.getLogger(__name__)
 
@@ -143,15 +143,14 @@ class RunDelivery:
         return self._cursor.progress.results
 
     def advance(self, *, flush_now: bool) -> bool:
-        """Do one piece of work: open the run, write what was read, or have it confirmed.
-
-        Blocks for as long as the backend does.
+        """Do one piece of work: open the run, write what was read, or have it confirmed. Blocks as the backend does.
 
         Args:
             flush_now: ask for a confirmation as soon as there is nothing left to write.
 
         Returns:
-            True if something was done. If not, `is_idle` and `due` say when to come back.
+            True if the run can go on at once. If not, `is_idle` says whether it has work left, and `due` when to call
+            this again.
         """
         if self._over:
             return False
@@ -185,9 +184,9 @@ class RunDelivery:
                 return False
         if not self._isolation.is_empty():  # every entry that is left must wait for an entry that is set aside
             return self._try_aside(run)
-        return self._all_written(run)
+        return self._after_writing(run)
 
-    def _all_written(self, run: BackendRun) -> bool:
+    def _after_writing(self, run: BackendRun) -> bool:
         self._cursor.written = self._reader.upto
         if self._backend.capabilities.confirmed_by is not ConfirmedBy.FLUSH:
             self._confirm(Confirmation.STORE)
@@ -217,8 +216,8 @@ class RunDelivery:
 
     def _aside(self) -> list[Entry]:
         """Return the entries that are neither stored nor rejected, although later entries are written already."""
-        late = list(self._cursor.left_out.values())
-        return self._isolation.aside() + late + (self._files.unsettled() if self._files is not None else [])
+        left_out = list(self._cursor.left_out.values())
+        return self._isolation.aside() + left_out + (self._files.unsettled() if self._files is not None else [])
 
     def is_open(self) -> bool:
         """Return whether the backend has the run open, so that it must be told how the run ends."""
@@ -249,7 +248,7 @@ class RunDelivery:
                 self._end("finished")
             return
         state = "finished" if self.is_idle() else "unfinished"
-        # Ask before the run ends. If it stays unfinished, a replay continues it, and an open run's results are right.
+        # Ask while the run is open: if it stays unfinished, a replay continues it, so these results stay right.
         self._cursor.progress.results = self._results()
         try:
             self._run.finish(status)
@@ -361,7 +360,7 @@ class RunDelivery:
         self._isolation.add(entries)
 
     def _collect_files(self, run: BackendRun) -> bool:
-        """Count which files the second thread has stored, and which failed. Return whether the run can go on at once.
+        """Count the files that the second thread stored, and those that failed. Return whether the run can go on now.
 
         It cannot if no file is settled, or if a confirmation that is due fails.
         """
@@ -381,7 +380,7 @@ class RunDelivery:
                 self._cursor.count_stored([outcome.entry])
         if not any(outcome.is_settled for outcome in outcomes):
             return False
-        return not self._isolation.is_empty() or self._cursor.written != self._reader.upto or self._all_written(run)
+        return not self._isolation.is_empty() or self._cursor.written != self._reader.upto or self._after_writing(run)
 
     def _write(self, run: BackendRun, batch: list[Entry]) -> bool:
         """Write a batch, or call the plugin's probe instead. Return False if the lane must wait before the next one."""
@@ -438,7 +437,8 @@ class RunDelivery:
     def _try_aside(self, run: BackendRun) -> bool:
         """Try one of the entries that are set aside. Return whether the run can go on at once.
 
-        While these entries wait, the entries that are held back for them wait, too. At 1,000 of those, all others wait.
+        The entries that are held back for them wait, too. If these are ``isolate_bad_record._MAX_HELD``, no more are
+        written.
         """
         is_early = time.monotonic() < self._aside_timer.not_before
         if is_early or self._stop.is_set() or not (batch := self._isolation.next_aside()):
@@ -454,7 +454,7 @@ class RunDelivery:
                 return False
             self._cursor.reject_at_backend([rejected])
         self._aside_timer.succeeded()
-        return not self._isolation.is_empty() or self._all_written(run)
+        return not self._isolation.is_empty() or self._after_writing(run)
 
     def _is_flush_due(self, *, flush_now: bool) -> bool:
         flush_now = flush_now and not self._cursor.left_out  # asking again without a pause would be a busy loop
@@ -466,7 +466,7 @@ class RunDelivery:
             confirmation = checked_confirmation(run.flush())
             keeps_order = self._backend.capabilities.redelivery.needs_order
             left_out = {} if keeps_order else checked_left_out(run.left_out())
-            if len(left_out) > _MAX_LEFT_OUT:  # each confirmation stores all of them in the journal
+            if len(left_out) > _MAX_LEFT_OUT:
                 text = "left_out() returned %d records that are still on their way; expected %d at most"
                 raise TransientError(text % (len(left_out), _MAX_LEFT_OUT))
         except BaseException as e:

@@ -2,8 +2,8 @@
 """Keeps a lane from filling a disk with the records of one site.
 
 A lane copies what the receiver accepted, such as files, into a backend. The backend may write to the receiver's own
-disk, and trackhub does not know which backends do. So `RunDelivery` and `FileQueue` ask `RunDiskRoom` before they hand
-records to any backend, and before the journal says so.
+disk, and trackhub does not know which backends do. So `RunDelivery` and `FileQueue` ask `RunDiskRoom` first: before
+they note in the journal that records are handed over, and before they hand them over.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class RunDiskRoom:
 
     def _refusal(self) -> TransientError:
         refusal = TransientError(
-            f"the backends' disk is nearly full, and site {self._site} has stored more than other sites. Free the "
-            "disk, or replay this journal later"
+            f"the backends' disk is nearly full, and site {self._site} has stored more than the average of "
+            "all sites. Free space on it, or run `trackhub replay` later"
         )
-        refusal.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # so it counts against no record
+        # By this cause, `bad_record_or_outage.says_busy_or_full` knows that no record is to blame.
+        refusal.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return refusal
