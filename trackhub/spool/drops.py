@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from trackhub.fork_without_signals import FORK_LOCK
 from trackhub.framing import encode_frame
 from trackhub.records import Gap, Record
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.spool.writer_ledger import DROP_REASONS, LEFT_OUT_REASONS, Ledger
 
 __all__ = ["CLOSED_FILES", "DropWarnings", "Drops"]
@@ -89,8 +89,10 @@ class Drops:
             self.gaps[-1] = (first, Gap(gap.count + 1, reason))
         else:
             self.gaps.append((seq, Gap(1, reason)))
-        with contextlib.suppress(OSError):  # the disk is full; the gap in the stream counts this drop later
+        try:
             self.open_ledger()
+        except OSError as e:  # the disk is full; the gap in the stream counts this drop later
+            raise_if_from_signal_handler(e)
         if self.ledger is not None:
             self.ledger.set(seq + 1, self._counts, self._left_out)
         self._logged = seq + 1
@@ -108,8 +110,10 @@ class Drops:
             values: how many.
         """
         self._left_out[LEFT_OUT_REASONS.index(reason)] += values
-        with contextlib.suppress(OSError):  # the disk is full; the ledger gets the count later
+        try:
             self.open_ledger()
+        except OSError as e:  # the disk is full; the ledger gets the count later
+            raise_if_from_signal_handler(e)
         if self.ledger is not None:
             self.ledger.set_left_out(self._left_out)
 

@@ -11,7 +11,6 @@ result is fresh and at most half of the spool is used, other writers take a smal
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import struct
@@ -23,6 +22,7 @@ from typing import NamedTuple
 
 from trackhub.framing import MAX_BODY_BYTES
 from trackhub.open_without_links import open_plain
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.spool.writer_ledger import WriterState, read_ledger, writer_state
 
 __all__ = ["Room", "new_part"]
@@ -146,11 +146,13 @@ class Room:
     def _reserved(self, stream: str, written: int) -> int:
         """Return how many bytes this stream has reserved but not written."""
         path = self._folder / f"{stream}.ledger"
-        with contextlib.suppress(OSError):
+        try:
             more = read_ledger(path).reserved - written
             # A writer that was killed writes no more.
             if more > 0 and writer_state(path) is not WriterState.ENDED:
                 return more
+        except OSError as e:
+            raise_if_from_signal_handler(e)
         return 0
 
 
@@ -158,11 +160,13 @@ def _read_usage(folder: Path) -> _Usage | None:
     """Return the last measurement; None if there is none, or it is damaged."""
     try:
         fd = open_plain(folder / _USAGE_FILE, os.O_RDONLY)
-    except OSError:
+    except OSError as e:
+        raise_if_from_signal_handler(e)
         return None
     try:
         data = os.pread(fd, _USAGE.size, 0)
-    except OSError:
+    except OSError as e:
+        raise_if_from_signal_handler(e)
         return None
     finally:
         os.close(fd)
@@ -174,12 +178,14 @@ def _read_usage(folder: Path) -> _Usage | None:
 
 def _write_usage(folder: Path, usage: _Usage) -> None:
     """Store a measurement. If that is not possible, each writer measures the folder itself."""
-    with contextlib.suppress(OSError):
+    try:
         fd = open_plain(folder / _USAGE_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.pwrite(fd, _USAGE.pack(*usage, usage.at_ns ^ usage.used ^ usage.streams), 0)
         finally:
             os.close(fd)
+    except OSError as e:
+        raise_if_from_signal_handler(e)
 
 
 def new_part(folder: Path, stream: str, size: int) -> Path:

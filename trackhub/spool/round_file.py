@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trackhub.open_without_links import open_plain
 from trackhub.protect_descriptors import MappedFile
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.spool.write_on_full_disk import write_start
 
 __all__ = ["RoundFile"]
@@ -48,7 +49,8 @@ class RoundFile:
         if isinstance(self._value, _NotMapped):
             try:
                 self._value = self._mapped()
-            except (OSError, ValueError):
+            except (OSError, ValueError) as e:
+                raise_if_from_signal_handler(e)
                 return
             if self._sets and self._wanted != _NO_ROUND:
                 self._value[0] = self._wanted

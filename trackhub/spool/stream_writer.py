@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import uuid
@@ -16,6 +15,7 @@ from pathlib import Path
 from trackhub.errors import SpoolError
 from trackhub.framing import encode_frame
 from trackhub.records import Payload, Record
+from trackhub.signal_handler_errors import find_signal_handler_error, raise_if_from_signal_handler
 from trackhub.spool.drops import Drops, DropWarnings
 from trackhub.spool.layout import SpoolInfo, create_expected, expected_spool, ledger_file
 from trackhub.spool.room import Room
@@ -112,7 +112,7 @@ class Stream:
                 return False
             written = os.write(segment.fd, frame)
         except BaseException as e:
-            if isinstance(e, OSError) and e.errno is not None:
+            if isinstance(e, OSError) and find_signal_handler_error(e) is None:
                 if self.begin_anew_if_files_are_lost():
                     return self.append(payload, step, log_time)
                 self.drop_after(e)
@@ -221,8 +221,10 @@ class Stream:
 
     def open_ledger(self) -> None:
         """Open the stream's ledger, if that is possible. Its lock shows others that this stream's writer lives."""
-        with contextlib.suppress(OSError):
+        try:
             self.drops.open_ledger()
+        except OSError as e:
+            raise_if_from_signal_handler(e)
 
     def close(self) -> None:
         """Close the files. Idempotent."""

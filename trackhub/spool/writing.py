@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from typing import Any, NamedTuple
 from trackhub.errors import SpoolError
 from trackhub.fork_without_signals import do_in_child
 from trackhub.framing import encode_frame
+from trackhub.open_without_links import open_plain
 from trackhub.records import Payload, Record
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.spool.acks import ack_file, read_ack, read_retired
 from trackhub.spool.drops import CLOSED_FILES, DropWarnings
 from trackhub.spool.layout import SpoolInfo, blob_file, ledger_file, read_spool_info, spool_info
@@ -207,6 +210,7 @@ class SpoolWriter:
         except OSError as e:
             error = e
             _remove(partial)
+            raise_if_from_signal_handler(e)
             self._in_turn(stream, lambda: stream.drop_after(error))
         except BaseException:
             _remove(partial)
@@ -235,7 +239,8 @@ class SpoolWriter:
         try:
             if not read_spool_info(self.folder).open:
                 return None
-        except SpoolError:
+        except SpoolError as e:
+            raise_if_from_signal_handler(e)
             return None
         if self._late is None:
             self._late = self._new_stream()
@@ -287,13 +292,18 @@ class SpoolWriter:
             return  # the file belongs to the parent process, too
         stream.begin_anew_if_files_are_lost()  # before the blob gets its name, which contains the stream's id
         path = blob_file(self.folder, f"{stream.id}-{stream.next_seq}")
-        is_appended = False
+        seq = stream.next_seq
+        is_appended: bool | None = None
         try:
             partial.replace(path)
             is_appended = stream.append(blob.payload(path.stem), step, log_time)
         except OSError as e:
+            raise_if_from_signal_handler(e)
+            is_appended = False
             stream.drop_after(e)
         finally:
+            if is_appended is None:  # a signal handler has raised an error, perhaps right after the write
+                is_appended = stream.next_seq > seq
             if not is_appended and not stream.is_abandoned:
                 _remove(partial)
                 _remove(path)
@@ -309,7 +319,8 @@ class SpoolWriter:
             raise SpoolError(CLOSED)
         # Open the ledger first. If this process is killed, the ledger shows that nobody writes the file any more.
         self._in_turn(stream, stream.open_ledger)
-        partial.touch(mode=0o600)
+        # `Path.touch` would swallow an OSError that a signal handler raises.
+        os.close(open_plain(partial, os.O_WRONLY | os.O_CREAT, 0o600))
         if stream.room.fits(size):
             return True
         _remove(partial)
@@ -359,6 +370,7 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as e:
+        raise_if_from_signal_handler(e)
         _log.debug("cannot remove %s: %s", path, e)
 
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from trackhub.errors import RecordError
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.writer import convert_figures_and_tables
 from trackhub.writer.adapter_base import AdapterBase, first_given
 from trackhub.writer.count_wrong_calls import with_counted_calls
-from trackhub.writer.plain_values import as_mapping, raised_by_signal_handler, shown
+from trackhub.writer.plain_values import as_mapping, shown
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.summary_writer import SummaryWriter
 from trackhub.writer.wandb_values import log_values
@@ -69,17 +70,15 @@ class _Values(Mapping[str, Any]):
         self.__dict__["_log"](values)
         try:
             self.__dict__["_values"].update(as_mapping(values, has_fields=True) or {})
-        except Exception as e:  # the log call has counted what cannot be read
-            if raised_by_signal_handler(e):
-                raise
+        except Exception as e:  # noqa: BLE001  # the log call has counted what cannot be read
+            raise_if_from_signal_handler(e)
 
     def setdefaults(self, values: Mapping[str, Any]) -> None:
         """Log the values that are not there yet."""
         try:
             new: Any = {key: value for key, value in values.items() if key not in self}
-        except Exception as e:  # the log call counts what cannot be read
-            if raised_by_signal_handler(e):
-                raise
+        except Exception as e:  # noqa: BLE001  # the log call counts what cannot be read
+            raise_if_from_signal_handler(e)
             new = values
         self.update(new)
 

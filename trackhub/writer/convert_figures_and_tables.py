@@ -7,13 +7,13 @@ log call as dropped. NumPy is imported with the first call: a script that passes
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.writer.plain_values import array_of
 
 __all__ = [
@@ -47,8 +47,10 @@ def figure_png(figure: Any, save_kwargs: Mapping[str, Any] | None = None, *, clo
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", **more)
         if close and (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
-            with contextlib.suppress(Exception):  # the image is what matters
+            try:
                 pyplot.close(figure)
+            except Exception as e:  # noqa: BLE001  # the image is what matters
+                raise_if_from_signal_handler(e)
         return buffer.getvalue()
     if hasattr(figure, "to_image"):
         return bytes(figure.to_image(format="png", **more))

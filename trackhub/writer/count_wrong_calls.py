@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from trackhub.writer.plain_values import raised_by_signal_handler
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
 
 __all__ = ["counts_wrong_calls", "implemented_by", "with_counted_calls"]
 
@@ -35,8 +35,9 @@ def counts_wrong_calls(method: _Method) -> _Method:
         try:
             return method(self, *args, **kwargs)
         except Exception as e:  # noqa: BLE001  # a logging method never ends a training
+            raise_if_from_signal_handler(e)
             writer = getattr(self, "writer", self)
-            if writer._spool is not None or raised_by_signal_handler(e):
+            if writer._spool is not None:
                 writer._refuse(method.__name__, e)
 
     return counted  # type: ignore[return-value]

@@ -12,7 +12,6 @@ import datetime
 import enum
 import math
 import os
-import signal
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from trackhub.errors import RecordError
 from trackhub.records import MAX_DEPTH, key_problem
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
 
 __all__ = [
     "array_of",
@@ -29,7 +29,6 @@ __all__ = [
     "plain_number",
     "plain_param",
     "plain_text",
-    "raised_by_signal_handler",
     "shown",
     "shown_error",
 ]
@@ -65,39 +64,22 @@ def plain_text(what: str, key: Any, text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return the beginning of a value's ``repr`` for a message. Never raises."""
+    """Return the beginning of a value's ``repr`` for a message. Raises only what a signal handler raises."""
     try:
         text = repr(value)
         return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
     except Exception as e:  # noqa: BLE001  # a foreign class may raise anything; an int of 5000 digits raises ValueError
+        raise_if_from_signal_handler(e)
         return f"<{type(value).__name__} without a repr: {type(e).__name__}>"
 
 
 def shown_error(error: BaseException, max_chars: int = _SHOWN_CHARS) -> str:
-    """Return the beginning of an error's text for a message. Never raises."""
+    """Return the beginning of an error's text for a message. Raises only what a signal handler raises."""
     try:
         return str(error)[:max_chars]
-    except Exception:  # noqa: BLE001  # as above
+    except Exception as e:  # noqa: BLE001  # as above
+        raise_if_from_signal_handler(e)
         return "it has no text"
-
-
-def raised_by_signal_handler(error: BaseException) -> bool:
-    """Return whether a signal handler of the script raised this error while it interrupted a log call.
-
-    For example, a script limits its time with a handler that raises ``TimeoutError``. Such an error is not about a
-    value, and must reach the script.
-    """
-    codes = set()
-    for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        for function in (handler, getattr(handler, "__func__", None), vars(type(handler)).get("__call__")):
-            codes.add(getattr(function, "__code__", None))
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code in codes:
-            return True
-        trace = trace.tb_next
-    return False
 
 
 def key_text(key: Any, *, is_inner: bool = False) -> str:
@@ -193,7 +175,8 @@ def array_of(value: Any) -> Any:
             return value.float().numpy(force=True)
     try:
         return np.asarray(value)
-    except Exception:
+    except Exception as e:
+        raise_if_from_signal_handler(e)
         if not isinstance(value, list | tuple):
             raise
         return np.asarray([array_of(item) for item in value])  # such as losses on a GPU, or with a gradient

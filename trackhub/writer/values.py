@@ -28,6 +28,7 @@ from trackhub.records import (
     Text,
     key_problem,
 )
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.writer.convert_figures_and_tables import chosen_columns, table_of
 from trackhub.writer.fit_into_records import parts_that_fit, value_problem
 from trackhub.writer.plain_values import (
@@ -38,7 +39,6 @@ from trackhub.writer.plain_values import (
     plain_number,
     plain_param,
     plain_text,
-    raised_by_signal_handler,
     shown,
     shown_error,
 )
@@ -100,8 +100,7 @@ class BadValues:
             RecordError: only if ``strict``.
             Exception: a signal handler of the script raised it.
         """
-        if raised_by_signal_handler(error):
-            raise error
+        raise_if_from_signal_handler(error)
         if not isinstance(error, RecordError):
             cause = error
             error = RecordError(f"{what} {shown(key)} cannot be read: {type(cause).__name__}: {shown_error(cause)}")
@@ -128,9 +127,8 @@ def known_numbers(metrics: Any, known_keys: set[str]) -> dict[str, float] | None
             return None
         try:
             found[key] = float(value)
-        except Exception as e:  # `read_metrics` then finds which value it is
-            if raised_by_signal_handler(e):
-                raise
+        except Exception as e:  # noqa: BLE001  # `read_metrics` then finds which value it is
+            raise_if_from_signal_handler(e)
             return None
     return found
 
@@ -464,7 +462,8 @@ def _count_values(key: str, values: Any, bins: Any, bad: BadValues) -> tuple[lis
 def _read_bins(key: str, bins: Any) -> int:
     try:
         number = _whole(bins)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError) as e:
+        raise_if_from_signal_handler(e)
         number = 0
     if not 1 <= number <= _MAX_BINS:
         raise RecordError(f"histogram {key!r}: bins {shown(bins)}; expected a whole number from 1 to {_MAX_BINS}")
@@ -479,8 +478,8 @@ def _equal_bins(finite: Any, bins: int) -> tuple[list[float], list[float]]:
     try:
         with np.errstate(all="ignore"):
             counts, edges = np.histogram(finite, bins)
-    except ValueError:
-        pass  # the values are too close to each other, or too far apart
+    except ValueError as e:  # the values are too close to each other, or too far apart
+        raise_if_from_signal_handler(e)
     if not len(edges) or not np.isfinite(edges).all():
         largest = np.finfo(np.float64).max
         low, high = finite.min(), finite.max()

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trackhub.errors import SpoolError
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.writer.convert_figures_and_tables import table_of
-from trackhub.writer.plain_values import raised_by_signal_handler
 from trackhub.writer.values import BadValues, pairs_of, require_new
 from trackhub.writer.writer import Writer
 
@@ -95,9 +95,8 @@ def _sort_out(key: str, value: Any, numbers: dict[str, Any], calls: dict[str, _C
         return
     try:
         call = _call_for(value)
-    except Exception as e:  # a foreign value may raise anything
-        if raised_by_signal_handler(e):
-            raise
+    except Exception as e:  # noqa: BLE001  # a foreign value may raise anything
+        raise_if_from_signal_handler(e)
         call = None
     if call is None:
         numbers[key] = value

@@ -20,11 +20,12 @@ from typing import Any, ParamSpec, Self
 
 from trackhub.errors import RecordError, SpoolError
 from trackhub.records import MAX_STEP, Metrics, Payload
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.spool.writing import NewBlob, SpoolWriter
 from trackhub.writer.count_wrong_calls import implemented_by, with_counted_calls
 from trackhub.writer.images import read_image
 from trackhub.writer.log_figures_and_histograms import FigureAndModelCalls
-from trackhub.writer.plain_values import raised_by_signal_handler, shown, shown_error
+from trackhub.writer.plain_values import shown, shown_error
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.spool_choice import is_strict, open_spool
 from trackhub.writer.values import (
@@ -426,8 +427,7 @@ class Writer(FigureAndModelCalls):
             RecordError, SpoolError: the writer is strict.
             Exception: a signal handler of the script raised it.
         """
-        if raised_by_signal_handler(error):
-            raise error
+        raise_if_from_signal_handler(error)
         if not isinstance(error, RecordError | SpoolError):
             wrong = WrongCallError(f"{method}: {type(error).__name__}: {shown_error(error)}")
             wrong.__cause__ = error
@@ -445,10 +445,11 @@ class Writer(FigureAndModelCalls):
 
 
 def _keys_of(values: Any) -> tuple[Any, ...]:
-    """Return the first keys of a mapping; none of anything else. Never raises."""
+    """Return the first keys of a mapping; none of anything else."""
     try:
         return tuple(itertools.islice(values, _MAX_NAMED + 1)) if isinstance(values, Mapping) else ()
-    except Exception:  # noqa: BLE001  # a foreign mapping may raise anything
+    except Exception as e:  # noqa: BLE001  # a foreign mapping may raise anything
+        raise_if_from_signal_handler(e)
         return ()
 
 

@@ -19,7 +19,8 @@ from nvflare.apis.analytix import AnalyticsDataType
 
 from trackhub.errors import RecordError, SpoolError
 from trackhub.flare.trainer.process_writer import process_writer
-from trackhub.writer.plain_values import raised_by_signal_handler, shown, shown_error
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
+from trackhub.writer.plain_values import shown, shown_error
 from trackhub.writer.writer import Writer
 
 __all__ = ["LogCalls", "take_in_trainer", "write_call"]
@@ -102,8 +103,7 @@ class LogCalls:
         if isinstance(error, SpoolError):  # only a closed, strict writer raises it
             self._warn(f"a log call of FLARE's writers came after the end of tracking: {error}")
             return
-        if not isinstance(error, RecordError) and raised_by_signal_handler(error):
-            raise error
+        raise_if_from_signal_handler(error)
         # Any other error comes from an object of the script, such as a key that raises when it is hashed.
         reason = str(error) if isinstance(error, RecordError) else f"{type(error).__name__}: {shown_error(error)}"
         self.writer.count_unconvertible(reason)

@@ -13,7 +13,8 @@ from typing import Any
 
 from trackhub.errors import RecordError
 from trackhub.mark_own_threads import is_own_thread
-from trackhub.writer.plain_values import raised_by_signal_handler, shown_error
+from trackhub.signal_handler_errors import raise_if_from_signal_handler
+from trackhub.writer.plain_values import shown_error
 from trackhub.writer.writer import Writer
 
 __all__ = ["CapturedCalls", "Replacements"]
@@ -142,8 +143,7 @@ class CapturedCalls:
         try:
             record(*args, **kwargs)
         except Exception as e:  # the script must go on, whatever it has logged
-            if raised_by_signal_handler(e):
-                raise
+            raise_if_from_signal_handler(e)
             name = getattr(about, "__qualname__", repr(about))
             detail = str(e) if isinstance(e, RecordError) else f"{type(e).__name__}: {shown_error(e, 200)}"
             self.writer.count_unconvertible(f"{name}: {detail}")
