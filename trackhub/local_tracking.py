@@ -59,7 +59,8 @@ class _Delivery:
     Attributes:
         spool: the spool's folder.
         sender: the started sender, which sends the spool to the receiver.
-        report: the delivery report, also after an interrupted end; None before the end.
+        report: the delivery report, also if the wait for the sender was interrupted. None before the end, and if the
+            wait for the backends was interrupted.
     """
 
     def __init__(self, spool: Path, receiver: Receiver, sender: Sender, close_s: float) -> None:

@@ -21,7 +21,8 @@ from tests.conftest import MakePlugin
 from tests.support.script_without_new_threads import run_script_without_new_threads
 from tests.unit.readers_and_bad_backends import json_lines
 from trackhub.delivery import receiver as receiver_module
-from trackhub.delivery.report import read_report
+from trackhub.delivery.lane.lane import Lane
+from trackhub.delivery.report import REPORT_NAME, read_report
 from trackhub.limits import Limits
 from trackhub.local_tracking import LocalWriter
 from trackhub.process_lock import ProcessLock
@@ -352,3 +353,30 @@ def test_ctrl_c_while_the_run_ends_reaches_the_script_although_the_receiver_coul
 
     close(0.5)
     assert f"`{command_for('trackhub replay', tmp_path / 'j')}` delivers what is left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interruptions", [1, 2])
+def test_after_ctrl_c_while_backends_get_the_rest_the_run_can_go_on_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruptions: int
+) -> None:
+    before = threading.active_count()
+    writer = trackhub.local(["jsonl"], folder=tmp_path, job="j", limits=FAST)
+    writer.log({"a": 1.0}, 0)
+    left = [KeyboardInterrupt] * interruptions
+    join = Lane.join
+
+    def interrupted(lane: Lane, timeout_s: float) -> bool:
+        if left:
+            raise left.pop()
+        return join(lane, timeout_s)
+
+    monkeypatch.setattr(Lane, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+
+    assert read_report(writer.folder / "trackhub" / REPORT_NAME).status == "finished"
+    with trackhub.local(["jsonl"], folder=tmp_path, job="j", limits=FAST, resume=True) as writer:
+        writer.log({"a": 2.0}, 1)
+    assert [line["step"] for line in stored(tmp_path) if line["kind"] == "metrics"] == [0, 1]
+    if interruptions == 1:  # after the second Ctrl-C, nobody waits for the lane
+        assert threading.active_count() == before

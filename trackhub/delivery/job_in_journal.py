@@ -195,6 +195,21 @@ class JobInJournal:
         was_killed = self._ended is RunStatus.KILLED
         return {name: self._sites.status(name, status, was_killed=was_killed) for name in sites}
 
+    def close(self, journal: Journal, lanes: Sequence[str], status: RunStatus, moves_to: str) -> DeliveryReport:
+        """Store how the job ended, close the journal, and leave the report beside it. Return the report.
+
+        Args:
+            journal: what is closed, also if an exception is raised.
+            lanes: the names of all lanes of the receiver.
+            status: how the job ended.
+            moves_to: as for `format_report`.
+        """
+        try:
+            report = self.make_report(journal, lanes, status)
+        finally:
+            journal.close()
+        return leave_report(journal.path.parent, report, moves_to)
+
     def make_report(self, journal: Journal, lanes: Sequence[str], status: RunStatus) -> DeliveryReport:
         """Store how the job ended, and return the report. If the journal cannot be read, the report says so.
 

@@ -7,6 +7,7 @@ transport of another system. It trusts the site's name. The transport must verif
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -23,15 +24,15 @@ from trackhub.conceal import clean_errors
 from trackhub.delivery.blob_store import BlobStore
 from trackhub.delivery.channel import Channel
 from trackhub.delivery.check_received_batch import KnownKeys, examine
+from trackhub.delivery.deliver_rest import deliver_rest
 from trackhub.delivery.federation.federation_run import FederationOptions, FederationRun
 from trackhub.delivery.job_in_journal import JobInJournal
 from trackhub.delivery.job_sites import JobSites
 from trackhub.delivery.journal.journal import JOURNAL_NAME, WAIT_S, Journal, TooManyStreamsError
 from trackhub.delivery.journal.prune import check_not_pruned
 from trackhub.delivery.lane.lane import Lane
-from trackhub.delivery.lane.lanes_of_receiver import EXTRA_S, Lanes
+from trackhub.delivery.lane.lanes_of_receiver import Lanes
 from trackhub.delivery.report import DeliveryReport
-from trackhub.delivery.report_text import leave_report
 from trackhub.delivery.retry_receiver_start import StartRetry
 from trackhub.delivery.set_up_backend import set_up_backends
 from trackhub.delivery.share_last_disk_room import DiskRoom
@@ -72,7 +73,6 @@ _WAIT_S = 0.25
 """The longest wait, in seconds, of one transaction for a journal that another program has locked. A request makes at
 most two transactions. `note_status` makes one, and FLARE calls it in the thread that ends the job."""
 
-_FEDERATION_SHARE = 0.25  # of the time at the end of the job, for the last records of the federation run
 _WARN_EVERY_S = 60.0
 _NO_ROOM = "the receiver's disk is nearly full, and the site has stored more than the average of all sites"
 _log = logging.getLogger(__name__)
@@ -451,7 +451,7 @@ class Receiver:
 
         Blocks up to the deadline. Each backend that hangs, the federation run and a locked journal may each add a
         second. If the receiver could not start yet, a last attempt comes first (see ``start``). What is then not
-        delivered stays in the journal, for ``trackhub replay``.
+        delivered stays in the journal, for ``trackhub replay``. Ctrl-C skips the waits, and then is raised.
 
         Args:
             status: how the job ended. If it finished, the run of a site still ends as failed when its training failed,
@@ -475,18 +475,18 @@ class Receiver:
         # Close before the lanes end. Otherwise a request could add a batch after a lane has looked for the last time.
         self._state = _CLOSED
         self._job_in_journal.status = status
-        deadline = time.monotonic() + deadline_s
-        # A lane must stop waiting for a locked journal before `join` gives up, or the lane would count as hanging.
-        self._journal.limit_waits(deadline + EXTRA_S / 2)
-        if self.federation is not None:  # before the lanes look for the last time
-            self.federation.finish(max(EXTRA_S, deadline_s * _FEDERATION_SHARE))
         # Nobody knows how the sites outside ``by_site`` ended.
         otherwise = self.sites.status("", status, was_killed=False)
-        self._lanes.end(by_site, otherwise, deadline - time.monotonic())
-        report = self._job_in_journal.make_report(self._journal, self._lanes.names, status)
-        self._journal.close()
-        self._blobs.delete_unused()
-        return leave_report(self.folder, report, moves_to)
+        close = partial(self._job_in_journal.close, self._journal, self._lanes.names, status, moves_to)
+        try:
+            deliver_rest(self._journal, self._lanes, self.federation, by_site, otherwise, deadline_s)
+        except BaseException:  # such as Ctrl-C. This process must not keep the journal locked
+            with contextlib.suppress(Exception):
+                close()
+            raise
+        finally:
+            self._blobs.delete_unused()
+        return close()
 
     def abandon(self) -> None:
         """End a started receiver without delivering what is left, because the spool or the sender failed afterwards.
