@@ -372,7 +372,7 @@ class Receiver:
 
     def _accept(self, site: str, batch: Batch) -> Reply:
         federation = self.federation
-        digest = None if federation is None else federation.digest()
+        digest = None if federation is None else federation.expect_batch()
         path = partial(self._blobs.path, site)
         contents = examine(batch, self._known[site].keys, path, None if digest is None else digest.add)
         if isinstance(contents, Refused):

@@ -15,16 +15,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import msgspec
 
 from trackhub.delivery.blob_store import BlobStore
-from trackhub.delivery.check_received_batch import KnownKeys, RefusedRecordError
 from trackhub.delivery.federation.aggregation import JOB_ENDED, Aggregation, Output, in_records
 from trackhub.delivery.federation.delivery_health import DeliveryHealth
 from trackhub.delivery.federation.row_digest import KnownRows, RowDigest
+from trackhub.delivery.federation.waiting_records import WaitingRecords
 from trackhub.delivery.journal.journal import WAIT_S, Journal
 from trackhub.delivery.journal.tables_and_rows import FEDERATION_ROW, Row, stored_records
 from trackhub.delivery.wire import Batch, Final, KeepAlive, SiteCounts
@@ -40,10 +40,10 @@ __all__ = ["FederationOptions", "FederationRun"]
 _READ_BYTES = 1 << 20
 _PAUSE_S = 0.1  # between two looks at the journal: a look for each batch of a busy job would cost more
 _RETRY_S = 1.0
+_BATCH_WAIT_S = 0.5  # the longest wait for the journal while a site waits for the answer to its batch
 _FILE_WAIT_S = 0.5
 """The longest wait of each of `log_file`'s two transactions for a locked journal. FLARE's own end of the job waits."""
 
-_MAX_WAITING = 10_000
 _MAX_TEXT_CHARS = 100_000
 _LAST_ROW = 1 << 62  # higher than the id of any row
 _log = logging.getLogger(__name__)
@@ -111,18 +111,30 @@ class FederationRun:
         self._known = KnownRows()
         self._unstored: list[Record] = []
         self._sites: dict[int, str] = {}
-        self._waiting = _Waiting()
+        self._waiting = WaitingRecords()
         self._was_begun = bool(journal.stream_states(FEDERATION, (self._facts.name,)))
         self._wake = threading.Event()
         self._stop = threading.Event()
+        self._storing = threading.RLock()  # held while records are stored, as their numbers must not have gaps
         self._thread = threading.Thread(target=self._main, name="trackhub-federation", daemon=True)
 
     def start(self) -> None:
         """Start the thread. It reads the rows that the journal has, and then each new row."""
         self._thread.start()
 
-    def digest(self) -> RowDigest:
-        """Return a digest, which takes the metrics of a batch while `check_received_batch` checks them. Thread-safe."""
+    def expect_batch(self) -> RowDigest:
+        """Store the facts that wait, so that they stand in the journal before a batch that has just come. Thread-safe.
+
+        Otherwise records of a round could stand before the fact that the round has begun again, and count as late.
+
+        Returns:
+            A digest, which takes the metrics of the batch while `check_received_batch` checks them.
+
+        Raises:
+            JournalError: the facts cannot be stored within half a second or so.
+        """
+        if not self._waiting.is_closed and self._waiting.records():
+            self._store_facts(_BATCH_WAIT_S)
         return self._aggregation.digest()
 
     def notify(self, site: str, digest: RowDigest, records: int, row: int, stored: int) -> None:
@@ -235,6 +247,7 @@ class FederationRun:
                 warned = True
                 self._stop.wait(_RETRY_S)
             except Exception:  # a defect of trackhub. It must end only this run.
+                self._waiting.close()
                 _log.exception("the federation run ends here; all other runs go on")
                 return
 
@@ -297,10 +310,11 @@ class FederationRun:
         self._aggregation.add(name, _metrics(row))
         return []
 
-    def _store_facts(self) -> None:
-        if waiting := self._waiting.records():
-            self._store(self._facts, waiting, {})
-            self._waiting.remove_first(len(waiting))
+    def _store_facts(self, wait_s: float = WAIT_S) -> None:
+        with self._turn(wait_s):
+            if waiting := self._waiting.records():
+                self._store(self._facts, waiting, {}, wait_s)
+                self._waiting.remove_first(len(waiting))
 
     def _store_statistics(self) -> None:
         if self._unstored:
@@ -316,10 +330,22 @@ class FederationRun:
         record = msgspec.structs.replace(last, time=time.time())
         self._store(self._facts, [msgspec.structs.replace(record, payload=part) for part in parts], {})
 
-    def _store(self, stream: _Stream, records: Sequence[Record], meta: Mapping[str, str]) -> None:
-        site = stream.append(records, meta)
-        self._notify_lanes(site)
-        self._counts.note(site, self._waiting.dropped, final=False)
+    def _store(
+        self, stream: _Stream, records: Sequence[Record], meta: Mapping[str, str], wait_s: float = WAIT_S
+    ) -> None:
+        with self._turn(wait_s):
+            site = stream.append(records, meta, wait_s=wait_s)
+            self._notify_lanes(site)
+            self._counts.note(site, self._waiting.dropped, final=False, wait_s=wait_s)
+
+    @contextmanager
+    def _turn(self, wait_s: float) -> Iterator[None]:
+        if not self._storing.acquire(timeout=wait_s):
+            raise JournalError("the journal does not take the records of the federation run in time")
+        try:
+            yield
+        finally:
+            self._storing.release()
 
     def _end(self) -> None:
         """Close the rounds that are open, and store the final counts."""
@@ -333,68 +359,6 @@ class FederationRun:
                 self._counts.note(site, self._waiting.dropped, final=True)
 
 
-class _Waiting:
-    """The records that were logged and are not in the journal yet. Thread-safe.
-
-    Attributes:
-        dropped: how many records came too late, or found no room.
-        is_closed: True if no further record is taken.
-    """
-
-    def __init__(self) -> None:
-        self.dropped = 0
-        self.is_closed = False
-        self._records: list[Record] = []
-        self._keys = KnownKeys()
-        self._lock = threading.Lock()
-
-    def check_key(self, key: str) -> None:
-        """Check a key.
-
-        Raises:
-            RefusedRecordError: it cannot be a key.
-        """
-        with self._lock:
-            self._keys.check((key,))
-
-    def is_key(self, key: str) -> bool:
-        """Return whether this text can be a key.
-
-        A key contains names of sites, tasks and metrics, which other people choose. If a key is bad, the other values
-        of its record must still be stored.
-        """
-        try:
-            self.check_key(key)
-        except RefusedRecordError as e:
-            _log.debug("the federation run leaves out the key %r: %s", key[:80], e)
-            return False
-        return True
-
-    def add(self, record: Record) -> bool:
-        """Take a record. Return whether there was room."""
-        with self._lock:
-            if self.is_closed or len(self._records) >= _MAX_WAITING:
-                self.dropped += 1
-                return False
-            self._records.append(record)
-            return True
-
-    def records(self) -> list[Record]:
-        """Return the waiting records."""
-        with self._lock:
-            return list(self._records)
-
-    def remove_first(self, count: int) -> None:
-        """Remove the first waiting records: the journal has them now."""
-        with self._lock:
-            del self._records[:count]
-
-    def close(self) -> None:
-        """Take nothing more."""
-        with self._lock:
-            self.is_closed = True
-
-
 class _Counts:
     """Stores the counts of the federation run, in the form in which a sender reports the counts of its site."""
 
@@ -404,13 +368,14 @@ class _Counts:
         self._session = uuid.uuid4().hex
         self._number = 0
 
-    def note(self, site: int, dropped: int, *, final: bool) -> None:
+    def note(self, site: int, dropped: int, *, final: bool, wait_s: float = WAIT_S) -> None:
         """Store the counts as they are now.
 
         Args:
             site: the federation run's id in the journal.
             dropped: how many records could not be stored.
             final: True if no record follows.
+            wait_s: the longest wait for a locked journal, in seconds.
         """
         journaled = self._journal.position_after(site, _LAST_ROW)
         reasons = {"not_stored": dropped} if dropped else {}
@@ -419,7 +384,7 @@ class _Counts:
         session, number = self._session, self._number
         message = Final(counts, False, session, number) if final else KeepAlive(counts, session, number)
         with suppress(JournalError):  # the next counts replace these
-            self._journal.note_counts(site, message, keep_end=self._is_replay)
+            self._journal.note_counts(site, message, keep_end=self._is_replay, wait_s=wait_s)
 
 
 class _Stream:
