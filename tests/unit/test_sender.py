@@ -384,8 +384,7 @@ def test_two_receivers_of_one_site_each_get_everything(tmp_path: Path) -> None:
 def test_every_record_of_a_killed_trainer_is_delivered(rig: SenderRig) -> None:
     code = """
         import os, sys
-        from trackhub.runnable_commands import command_for
-from trackhub.writer.writer import Writer
+        from trackhub.writer.writer import Writer
         writer = Writer(sys.argv[1])
         i = 0
         while True:
