@@ -33,7 +33,7 @@ from trackhub_mlflow.mlflow_run import MLflowRun
 from trackhub_mlflow.naming import KEY_RULE, NOTE_TAG, SUMMARY_RULE, TAG_RULE, job_tag_name
 from trackhub_mlflow.options import MLflowOptions, server_url, sqlite_path
 from trackhub_mlflow.rest_store import RestStore
-from trackhub_mlflow.sqlite_store import ARTIFACTS, SqliteStore
+from trackhub_mlflow.sqlite_store import ARTIFACTS, SqliteStore, sqlite_uri
 from trackhub_mlflow.store import Experiment, SetupError, Store, StoredRun, restore_command
 
 __all__ = ["MLflowBackend"]
@@ -132,7 +132,7 @@ class MLflowBackend(Backend[MLflowOptions]):
             base, _ = server_url(self.options.tracking_uri)
             return Results(url=url or base)
         folder = self.context.shown(self._file.parent)
-        store = shlex.quote(f"sqlite:///{self._file.name}")
+        store = shlex.quote(sqlite_uri(Path(self._file.name)))
         command = f"mlflow ui --backend-store-uri {store} --artifacts-destination ./{ARTIFACTS}"
         if self.context.side == Side.CLIENT:
             command += " --port 0"  # MLflow then takes a free port and prints it, since each site has a store to show

@@ -29,14 +29,40 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-__all__ = ["ARTIFACTS", "SqliteStore"]
+__all__ = ["ARTIFACTS", "SqliteStore", "sqlite_uri"]
 
 ARTIFACTS = "mlartifacts"
 """The folder of the artifacts. Source: the default of ``mlflow server --artifacts-destination``, mlflow 3.17."""
 
 _SCHEME = "mlflow-artifacts"
+_WITH_DRIVER = "sqlite+pysqlite"
+"""With a plain ``sqlite``, MLflow makes the folder of the file from the URI as it is, and so one named ``a%3Fb``."""
 _PAGE = 1000
 _NEVER = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST"})
+
+
+def sqlite_uri(file: Path, scheme: str = "sqlite") -> str:
+    """Return the URI by which the SQLAlchemy that is installed, and so MLflow, opens exactly this file.
+
+    SQLAlchemy 2.1 decodes percent signs in the path and ends it at a question mark; 2.0 does not decode them. A path
+    that is put in as it is would name another file, such as that of another job.
+
+    Args:
+        file: the store.
+        scheme: ``sqlite``, with a driver or without.
+
+    Raises:
+        SetupError: this SQLAlchemy has no URI for the path.
+    """
+    import sqlalchemy
+
+    uri = sqlalchemy.URL.create(scheme, database=str(file)).render_as_string()
+    if sqlalchemy.make_url(uri).database != str(file):
+        raise SetupError(
+            f"SQLAlchemy {sqlalchemy.__version__} cannot name the file {file} in a URI. Choose a folder without "
+            "question marks and percent signs, or upgrade SQLAlchemy to 2.1 or later"
+        )
+    return uri
 
 
 class SqliteStore:
@@ -241,7 +267,7 @@ class SqliteStore:
                 _create(self._file)
         try:
             # The root has no host and one slash: append_to_uri_path makes it mlflow-artifacts:/EXPERIMENT.
-            return SqlAlchemyStore(f"sqlite:///{self._file}", "mlflow-artifacts:/")
+            return SqlAlchemyStore(sqlite_uri(self._file, _WITH_DRIVER), "mlflow-artifacts:/")
         except MlflowException as error:
             if "schema" in str(error):
                 raise SetupError(
@@ -278,7 +304,7 @@ def _create(file: Path) -> None:
     from mlflow.store.db.utils import _initialize_tables
 
     part = file.with_name(f".{file.name}.{uuid.uuid4().hex}.part")
-    engine = sqlalchemy.create_engine(f"sqlite:///{part}")
+    engine = sqlalchemy.create_engine(sqlite_uri(part))
 
     @sqlalchemy.event.listens_for(engine, "connect")
     def without_waiting(connection: Any, _: Any) -> None:
