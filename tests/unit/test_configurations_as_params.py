@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,6 +54,35 @@ class RaisesAfterItsFirstKey(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> float:
         return 1.0
+
+
+@pytest.mark.parametrize("fields", [None, 5, "ab", property(lambda self: ())], ids=repr)
+def test_an_object_whose_fields_are_of_an_unknown_kind_is_its_text(writer: Writer, fields: Any) -> None:
+    kind = type("Odd", (), {"__fields__": fields, "__str__": lambda self: "odd"})
+    writer.log_params({"odd": kind(), "lr": 0.1})
+
+    assert payloads(writer) == [Params({"odd": "odd", "lr": 0.1})]
+
+
+class Endless(Sequence[int]):
+    """A data set that says how long it is, and gives an item for each index."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        return 7
+
+
+def test_a_data_set_among_params_is_not_read_whole(writer: Writer, caplog: pytest.LogCaptureFixture) -> None:
+    writer.log_params({"small": Endless(2), "large": Endless(10**12), "range": [range(10**12)], "lr": 0.1})
+
+    assert payloads(writer) == [Params({"small": [7, 7], "lr": 0.1})]
+    assert "param 'large': it has 1000000000000 values; expected at most 100000" in caplog.text
+    assert "param 'range[0]': it has 1000000000000 values" in caplog.text
 
 
 def test_a_dataclass_with_a_field_that_is_not_set_keeps_its_others(writer: Writer) -> None:

@@ -449,6 +449,21 @@ def test_a_warning_names_the_method_and_the_key_and_what_was_expected(
     assert expected in message
 
 
+def test_a_bad_value_is_named_by_its_kind_and_its_key(writer: Writer, caplog: pytest.LogCaptureFixture) -> None:
+    deep: list[Any] = []
+    for _ in range(30):
+        deep = [deep]
+    writer.summarize({"best": "\ud800", "deep": deep})
+    writer.set_tags({"owner": "\ud800"})
+    writer.log_table("scores", ["c"], [["\ud800"]])
+
+    assert "final value 'best': the text cannot be encoded" in caplog.text
+    assert "final value 'deep[0][0]" in caplog.text
+    assert "tag 'owner': the text cannot be encoded" in caplog.text
+    assert "row 0 of table 'scores': the text cannot be encoded" in caplog.text
+    assert "param" not in caplog.text
+
+
 def test_a_warning_comes_once_for_a_method_and_reason_however_many_writers_there_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

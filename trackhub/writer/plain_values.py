@@ -2,7 +2,8 @@
 """Turns the objects of training code into plain values that a record can hold: numbers, texts, lists and dicts.
 
 `trackhub.writer.values` calls it for single values. It recognises objects of numpy, torch and configuration libraries
-by their attributes, and imports none of these libraries. An error's message begins with the argument ``what``.
+by their attributes. It imports none of these libraries, except that `array_of` imports NumPy. The message of an error
+begins with the argument ``what``, or with "key".
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import itertools
 import math
 import os
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from trackhub.errors import RecordError
-from trackhub.records import MAX_DEPTH, key_problem
+from trackhub.records import MAX_DEPTH, MAX_VALUES_OF_RECORD, key_problem
 from trackhub.signal_handler_errors import raise_if_from_signal_handler
 
 __all__ = [
@@ -122,7 +124,7 @@ def as_mapping(value: Any, *, has_fields: bool) -> Mapping[Any, Any] | None:
 
 
 class _Fields(Mapping[str, Any]):
-    """The fields of an object, each read when it is asked for: one that cannot be read costs no other."""
+    """The fields of an object. Each is read only when it is asked for: a field that cannot be read costs no other."""
 
     def __init__(self, owner: Any, names: tuple[str, ...]) -> None:
         self._owner = owner
@@ -154,6 +156,8 @@ def _names_of_fields(value: Any) -> tuple[str, ...]:
     for attribute in _FIELDS:
         if isinstance(names := getattr(kind, attribute, ()), tuple | Mapping) and names:
             break
+    else:
+        names = ()
     extra = getattr(value, "__pydantic_extra__", None)  # what a model with extra="allow" got beside its fields
     return tuple(names) + (tuple(extra) if isinstance(extra, dict) else ())
 
@@ -214,25 +218,27 @@ def _to_float(what: str, key: Any, value: Any) -> float:
         raise RecordError(f"{what} {key!r}: {shown(value)} is too large for a float64") from e
 
 
-def plain_param(path: str, value: Any, depth: int = 0) -> Any:
+def plain_param(what: str, path: str, value: Any, depth: int = 0) -> Any:
     """Return a plain value: None, bool, int, float, str, or lists and dicts of these. Anything else becomes text.
 
     Args:
+        what: what the value is, for the message.
         path: where the value is, for the message.
         value: any value.
         depth: how many lists and dicts enclose the value.
 
     Raises:
-        RecordError: the value is nested too deep, has a text that cannot be encoded, or has an invalid key.
+        RecordError: the value is nested too deep, has too many values, a text that cannot be encoded, or an invalid
+            key.
     """
     if isinstance(value, enum.Enum):
         value = value.value if isinstance(value.value, bool | int | float | str) else value.name
     if value is None or isinstance(value, bool | int | float | str):
-        return _read_plain("param", path, value)
+        return _read_plain(what, path, value)
     if depth == MAX_DEPTH:
-        raise RecordError(f"param {path[:80]!r}... is nested more than {MAX_DEPTH} deep; convert it with str()")
+        raise RecordError(f"{what} {shown(path)} is nested more than {MAX_DEPTH} deep; convert it with str()")
     if isinstance(value, os.PathLike):
-        return plain_text("param", path, os.fsdecode(value))
+        return plain_text(what, path, os.fsdecode(value))
     if type(value).__name__ in _MISSING:  # before the next test, since NaT is also a datetime
         return None
     if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
@@ -244,38 +250,53 @@ def plain_param(path: str, value: Any, depth: int = 0) -> Any:
         return math.nan
     if (fields := as_mapping(value, has_fields=True)) is not None:
         inner = {}
-        for key in fields:
+        for key in itertools.islice(fields, _count(what, path, fields)):
             name = key_text(key, is_inner=True)
             if problem := key_problem(name):
-                raise RecordError(f"param {path!r}: key {shown(name)} {problem}")
-            inner[name] = plain_param(f"{path}.{name}", fields[key], depth + 1)
+                raise RecordError(f"{what} {path!r}: key {shown(name)} {problem}")
+            inner[name] = plain_param(what, f"{path}.{name}", fields[key], depth + 1)
         return inner
-    items = _as_list(value)
+    items = _as_list(what, path, value)
     if items is not None:
-        return [plain_param(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(items)]
-    return _other_param(path, value, depth)
+        return [plain_param(what, f"{path}[{i}]", item, depth + 1) for i, item in enumerate(items)]
+    return _other_param(what, path, value, depth)
 
 
-def _as_list(value: Any) -> list[Any] | None:
-    """Return a sequence, a set, or an array of a few elements as a list; None for anything else."""
+def _count(what: str, path: str, values: Sized) -> int:
+    """Return how many values there are. Ask before they are read: they may be those of a data set.
+
+    Raises:
+        RecordError: there are more than a record may have.
+    """
+    if (count := len(values)) > MAX_VALUES_OF_RECORD:
+        raise RecordError(
+            f"{what} {path!r}: it has {count} values; expected at most {MAX_VALUES_OF_RECORD}; log a file of them with "
+            "log_artifact"
+        )
+    return count
+
+
+def _as_list(what: str, path: str, value: Any) -> list[Any] | None:
+    """Return a sequence, a set, or an array of at most `_MAX_ITEMS` elements as a list; None for anything else."""
     if isinstance(value, set | frozenset):
         return sorted(value, key=str)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        return list(value)
+        # Without the limit, a sequence whose `__getitem__` never raises IndexError would have no end.
+        return list(itertools.islice(value, _count(what, path, value)))
     if getattr(value, "shape", ()) and hasattr(value, "tolist") and holds_numbers(value):
         size = math.prod(value.shape)
         return list(value.tolist()) if 1 < size <= _MAX_ITEMS or size == 0 else None
     return None
 
 
-def _other_param(path: str, value: Any, depth: int) -> Any:
+def _other_param(what: str, path: str, value: Any, depth: int) -> Any:
     if hasattr(value, "item") and holds_numbers(value) and math.prod(getattr(value, "shape", ())) == 1:
         plain = value.item()
         if type(plain) is not type(value):
-            return plain_param(path, plain, depth + 1)
+            return plain_param(what, path, plain, depth + 1)
         if hasattr(plain, "__float__"):
             return float(plain)  # such as numpy.longdouble
-    return plain_text("param", path, str(value))
+    return plain_text(what, path, str(value))
 
 
 def _read_plain(what: str, key: Any, value: Any) -> Any:

@@ -111,7 +111,7 @@ class BadValues:
 
 
 def known_numbers(metrics: Any, known_keys: set[str]) -> dict[str, float] | None:
-    """Return scalars as key -> float if all are Python numbers under known keys. If not, return None.
+    """Return metrics as key -> float if all are Python numbers under known keys. If not, return None.
 
     The caller then calls `read_metrics`, which takes longer.
 
@@ -134,7 +134,7 @@ def known_numbers(metrics: Any, known_keys: set[str]) -> dict[str, float] | None
 
 
 def read_metrics(metrics: Any, known_keys: set[str], bad: BadValues) -> dict[str, float]:
-    """Return scalars as key -> float. Nested mappings become keys such as ``train/loss``.
+    """Return metrics as key -> float. Nested mappings become keys such as ``train/loss``.
 
     Args:
         metrics: a mapping of key to number. An empty one gives an empty dict.
@@ -188,7 +188,7 @@ def read_summary(values: Any, bad: BadValues) -> list[Summary]:
 
 
 def read_tags(tags: Any, bad: BadValues) -> list[Tags]:
-    """Return labels as key -> text, in as many payloads as they need.
+    """Return tags as key -> text, in as many payloads as they need.
 
     Args:
         tags: a mapping of key to value; each value becomes text.
@@ -201,13 +201,13 @@ def read_tags(tags: Any, bad: BadValues) -> list[Tags]:
     return [Tags(part) for part in _accepted("tag", leaves, bad, _plain_tag)]
 
 
-def _plain_tag(key: str, value: Any) -> str:
-    param = plain_param(key, value)
-    return plain_text("tag", key, param if isinstance(param, str) else str(param))
+def _plain_tag(what: str, key: str, value: Any) -> str:
+    param = plain_param(what, key, value)
+    return plain_text(what, key, param if isinstance(param, str) else str(param))
 
 
 def _accepted(
-    what: str, leaves: Iterable[tuple[Any, Any]], bad: BadValues, read: Callable[[str, Any], _Value]
+    what: str, leaves: Iterable[tuple[Any, Any]], bad: BadValues, read: Callable[[str, str, Any], _Value]
 ) -> list[dict[str, _Value]]:
     """Convert each value with ``read``. Return the converted values, one dict for each record that they need.
 
@@ -217,7 +217,7 @@ def _accepted(
     for key, value in leaves:
         try:
             plain = read_key(key)
-            kept = read(plain, value)
+            kept = read(what, plain, value)
             if problem := value_problem(kept):
                 raise RecordError(f"{what} {plain!r}: {problem}")
             require_new(plain, found)
@@ -245,7 +245,7 @@ def read_histogram(key: Any, values: Any, bins: Any, edges: Any, counts: Any, ba
 
     Args:
         key: the histogram's key.
-        values: an array of finite numbers; None if edges and counts are given.
+        values: an array of numbers; those that are not finite are left out. None if edges and counts are given.
         bins: how many equal bins to count the values into.
         edges: n + 1 finite, rising bin limits; None if values are given.
         counts: n counts >= 0; None if values are given.
@@ -374,7 +374,8 @@ def pairs_of(
     if fields is None:
         name = type(values).__name__
         raise WrongCallError(f"{method}: expected a mapping of key to value, got {name}: {shown(values)}")
-    yield from _pairs("", list(fields), fields, bad, 0 if is_nested else MAX_DEPTH + 1, has_fields=has_fields)
+    depth = 0 if is_nested else MAX_DEPTH + 1  # `_pairs` looks into nothing that is deeper than MAX_DEPTH
+    yield from _pairs("", list(fields), fields, bad, depth, has_fields=has_fields)
 
 
 def _pairs(
@@ -387,7 +388,7 @@ def _pairs(
             value = fields[key]
             inner = None if depth > MAX_DEPTH else as_mapping(value, has_fields=has_fields)
             if inner is not None and depth == MAX_DEPTH:
-                raise RecordError(f"{path[:80]!r} is nested more than {MAX_DEPTH} deep; flatten it first")
+                raise RecordError(f"{shown(path)} is nested more than {MAX_DEPTH} deep; flatten it first")
             inner_keys = [] if inner is None else list(inner)
         except Exception as e:  # noqa: BLE001  # for example, OmegaConf raises for a value that is missing
             bad.add("value", path, e)
@@ -396,7 +397,7 @@ def _pairs(
             yield path, value
         elif inner_keys:
             yield from _pairs(f"{path}/", inner_keys, inner, bad, depth + 1, has_fields=has_fields)
-        elif has_fields:
+        elif has_fields:  # an empty mapping is a param as well, but no metric
             yield path, {}
 
 
@@ -424,7 +425,7 @@ def _read_cached_key(key: Any, known_keys: set[str]) -> str:
 def _read_cell(what: str, key: str, value: Any, bad: BadValues) -> Any:
     """Return a cell. If it cannot be stored, add it to ``bad`` and return None."""
     try:
-        cell = plain_param(what, value)
+        cell = plain_param(what, key, value)
         if isinstance(cell, list | dict):
             cell = plain_text(what, key, str(cell))
         if isinstance(cell, str) and (problem := value_problem(cell)):
@@ -447,7 +448,7 @@ def _count_values(key: str, values: Any, bins: Any, bad: BadValues) -> tuple[lis
         if array.size and not finite.size:
             raise ValueError("none of the values is finite")
     except (ValueError, TypeError) as e:
-        raise RecordError(f"histogram {key!r}: {e}; expected an array of finite numbers") from e
+        raise RecordError(f"histogram {key!r}: {e}; expected an array of numbers, at least one of them finite") from e
     if left_out := array.size - finite.size:
         bad.add(
             "histogram",
@@ -471,7 +472,7 @@ def _read_bins(key: str, bins: Any) -> int:
 
 
 def _equal_bins(finite: Any, bins: int) -> tuple[list[float], list[float]]:
-    """Return edges and counts. Where floats cannot part all bins, there are fewer, and at last one."""
+    """Return edges and counts. There are fewer bins if too few floats lie between the lowest and the highest value."""
     import numpy as np
 
     edges: Any = ()
