@@ -181,6 +181,27 @@ def test_a_show_that_breaks_says_so_and_the_job_runs_on(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in done.stderr
 
 
+def test_a_log_that_cannot_be_written_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    script = """
+import contextlib, os, sys
+from pathlib import Path
+from trackhub.watch import show_job
+folder = Path(sys.argv[1])
+before = len(os.listdir("/proc/self/fd"))
+for _ in range(3):
+    with contextlib.suppress(OSError), show_job(folder, folder):
+        print("never")
+print("left open:", len(os.listdir("/proc/self/fd")) - before)
+"""
+    assert on_terminal(script, tmp_path) == "left open: 0\r\n"
+
+
+def test_a_handler_of_ctrl_c_that_python_does_not_know_stays(tmp_path: Path) -> None:
+    of_c = "import signal\nsignal.getsignal = lambda number: None\nsignal.signal = lambda *args: 1 / 0\n"
+
+    assert "after it: []" in elsewhere(of_c + SCRIPT, tmp_path).stdout
+
+
 @pytest.mark.parametrize("code", ["import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
 def test_ctrl_c_is_noted_also_where_what_runs_the_job_hides_it(tmp_path: Path, code: str) -> None:
     script = (

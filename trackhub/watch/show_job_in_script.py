@@ -59,7 +59,7 @@ class Show:
 def show_job(folder: Path, log: Path) -> Iterator[Show]:
     """Show the job that the ``with`` block runs. Call it in the main thread.
 
-    Jobs that are in the folder before are not shown, whether they run or not. One that begins again is.
+    A job that is in the folder already is not shown, even if it runs, unless it begins again.
 
     If stdout is a terminal, all that this process and its children write to stdout and stderr meanwhile goes to a file.
     Elsewhere, nothing is redirected, and a line is printed when something has changed, every 5 s at most.
@@ -77,7 +77,9 @@ def show_job(folder: Path, log: Path) -> Iterator[Show]:
         if callable(earlier):
             earlier(number, frame)
 
-    signal.signal(signal.SIGINT, note)
+    # None is the handler of a C library. Python could not set it again, so it stays, and Ctrl-C is not noted.
+    if earlier is not None:
+        signal.signal(signal.SIGINT, note)
     try:
         if show.log is None:
             with _shown(folder, sys.stdout, None):
@@ -86,7 +88,8 @@ def show_job(folder: Path, log: Path) -> Iterator[Show]:
             with _on_terminal(folder, show.log):
                 yield show
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        if earlier is not None:
+            signal.signal(signal.SIGINT, earlier)
 
 
 @contextmanager
@@ -95,20 +98,24 @@ def _on_terminal(folder: Path, log: Path) -> Iterator[None]:
     sys.stderr.flush()
     log.parent.mkdir(parents=True, exist_ok=True)
     # Redirect the descriptors, not sys.stdout: FLARE runs the job in other processes, which inherit the descriptors.
-    screen, errors = os.dup(1), os.dup(2)
-    with os.fdopen(screen, "w", encoding=sys.stdout.encoding or "utf-8", errors="backslashreplace") as file:
-        with open(log, "wb", buffering=0, opener=open_plain) as target:
-            os.dup2(target.fileno(), 1)
-            os.dup2(target.fileno(), 2)
+    encoding = sys.stdout.encoding or "utf-8"
+    with (
+        open(log, "wb", buffering=0, opener=open_plain) as target,
+        os.fdopen(os.dup(1), "w", encoding=encoding, errors="backslashreplace") as screen,
+        os.fdopen(os.dup(2), "wb", buffering=0) as errors,
+    ):
+        os.dup2(target.fileno(), 1)
+        os.dup2(target.fileno(), 2)
         try:
-            with _shown(folder, file, log):
+            with _shown(folder, screen, log):
                 yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os.dup2(screen, 1)
-            os.dup2(errors, 2)
-            os.close(errors)
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:  # also if the log's disk is full
+                os.dup2(screen.fileno(), 1)
+                os.dup2(errors.fileno(), 2)
 
 
 @contextmanager
@@ -133,8 +140,9 @@ def _shown(folder: Path, file: TextIO, log: Path | None) -> Iterator[None]:
 
     shower = threading.Thread(target=show, name="trackhub-show", daemon=True)
     shower.start()
-    # Otherwise the block's own job could be among those that were there before, and the first line could come in the
-    # middle of a line of the block: Python writes a line and its end one after the other.
+    # Wait until the thread has looked once. Otherwise it could take the block's own job for an earlier one.
+    # And its first line could come into the middle of a line of the block: Python writes a line and its end one after
+    # the other.
     has_begun.wait(_BEGIN_S)
     try:
         yield
