@@ -294,9 +294,9 @@ def test_a_batch_of_images_is_the_grid_that_torch_makes() -> None:
     from torch.utils.tensorboard._utils import convert_to_HWC
 
     batch = np.arange(11 * 3 * 4 * 5, dtype=np.uint8).reshape(11, 3, 4, 5)
-    assert np.array_equal(convert_figures_and_tables.image_grid(batch), convert_to_HWC(batch, "NCHW"))
+    assert np.array_equal(convert_figures_and_tables.as_torch_grid(batch), convert_to_HWC(batch, "NCHW"))
     assert np.array_equal(
-        convert_figures_and_tables.image_grid(batch[:3].transpose(0, 2, 3, 1), "NHWC"),
+        convert_figures_and_tables.as_torch_grid(batch[:3].transpose(0, 2, 3, 1), "NHWC"),
         convert_to_HWC(batch[:3], "NCHW"),
     )
 

@@ -124,7 +124,7 @@ class AdapterBase:
         try:
             value = convert()
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
-            self.writer._refuse(method, e, key)
+            self.writer._drop_call(method, e, key)
         else:
             log(value)
 

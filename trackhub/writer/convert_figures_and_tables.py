@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts figures, batches of images and tables of other libraries into values that `trackhub.Writer` takes.
+"""Converts figures, images, histograms, curves and tables of other libraries into values that `trackhub.Writer` takes.
 
 The adapters and the writer call it. Each function may raise whatever a foreign object raises, and the caller counts the
-log call as dropped. NumPy is imported with the first call: a script that passes an array has NumPy.
+log call as dropped. A function that needs NumPy imports it when it is called: a script that passes an array has NumPy.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.writer.plain_values import array_of
 
 __all__ = [
+    "as_torch_grid",
+    "as_torch_image",
     "chosen_columns",
     "figure_png",
     "histogram_of_buckets",
-    "image_grid",
     "pr_curve",
     "table_of",
-    "with_channels_last",
 ]
 
 _GRID_COLUMNS = 8  # as torch's SummaryWriter.add_images
@@ -57,13 +57,15 @@ def figure_png(figure: Any, save_kwargs: Mapping[str, Any] | None = None, *, clo
     raise TypeError(f"a {type(figure).__name__} is not a figure; expected one of matplotlib or plotly")
 
 
-def with_channels_last(image: Any, dataformats: str | None) -> Any:
-    """Return an image as an array ``[H, W, C]`` or ``[H, W]``.
+def as_torch_image(image: Any, dataformats: str | None) -> Any:
+    """Return an image as an array ``[H, W, C]`` or ``[H, W]``, for an adapter whose callers name the axes.
+
+    `trackhub.writer.images` reads the axes from the shape: it prefers channels last, and torch prefers them first.
 
     Args:
         image: an array or tensor.
-        dataformats: the names of its axes, such as ``CHW``. None is ``CHW``, as for torch, if the first axis can be
-            channels. It leaves any other image as it is.
+        dataformats: the names of its axes, such as ``CHW``. None means ``CHW``, as in torch, if the image has three
+            axes and the first has 1 to 4 entries. Any other image is returned as it is.
 
     Raises:
         ValueError: the array has another number of axes.
@@ -79,8 +81,8 @@ def with_channels_last(image: Any, dataformats: str | None) -> Any:
     return array.transpose([axes.index(axis) for axis in "HWC" if axis in axes])
 
 
-def image_grid(batch: Any, dataformats: str = "NCHW") -> Any:
-    """Return a batch of images as one image, in rows of eight.
+def as_torch_grid(batch: Any, dataformats: str = "NCHW") -> Any:
+    """Return a batch of images of one size as one image, in rows of eight and without gaps, as torch does.
 
     Args:
         batch: an array or tensor.
@@ -93,7 +95,7 @@ def image_grid(batch: Any, dataformats: str = "NCHW") -> Any:
 
     array, axes = array_of(batch), dataformats.upper()
     if "N" not in axes:
-        return with_channels_last(array, axes)
+        return as_torch_image(array, axes)
     if len(axes) != array.ndim or not array.shape[axes.index("N")]:
         raise ValueError(f"the shape {list(array.shape)} does not fit dataformats={dataformats!r}, or has no image")
     images = array.transpose([axes.index(axis) for axis in "NHWC" if axis in axes])
@@ -146,8 +148,8 @@ def pr_curve(
 def table_of(data: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
     """Return the columns and rows of a DataFrame, of a mapping of columns, or of a list of mappings.
 
-    The labels of the rows become the first columns, unless they only number the rows. A pandas index has labels, and so
-    have columns that are mappings.
+    The labels of the rows become the first columns, unless they only number the rows. Labels come from a pandas index,
+    or from columns that are mappings of label to cell.
 
     Raises:
         TypeError: this is not a table.
@@ -171,7 +173,8 @@ def chosen_columns(names: Sequence[Any], data: Any) -> Iterable[Any]:
     """Return rows with one cell for each of these columns.
 
     Args:
-        names: the columns. Of a whole table, these are chosen. If it has others, but as many, they get these names.
+        names: the columns. If a whole table has all of these, they are chosen. If it has as many columns with other
+            names, its columns get these names.
         data: a whole table as for ``table_of``, or rows: each a sequence of cells or a mapping of column to cell.
 
     Raises:
@@ -205,7 +208,7 @@ def _table_of_pandas(frame: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
 
 
 def _table_of_columns(columns: dict[str, Any]) -> tuple[list[str], Iterable[Sequence[Any]]]:
-    """Return a table of columns that are sequences or mappings of label to cell. A single value stands in each row."""
+    """Return a table of columns, each a sequence or a mapping of label to cell. A single value is in each row."""
     labels = list(
         dict.fromkeys(label for column in columns.values() if isinstance(column, Mapping) for label in column)
     )

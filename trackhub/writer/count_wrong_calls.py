@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts a log call that raises, whatever is wrong with it, so that no logging method ends a training.
 
-The writer, the adapters and the integrations put it on their logging methods. It calls ``Writer._refuse``.
+The writer, the adapters and the integrations put it on their logging methods. It calls ``Writer._drop_call``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ __all__ = ["counts_wrong_calls", "implemented_by", "with_counted_calls"]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _Class = TypeVar("_Class", bound=type)
 _LOG_CALLS = ("log_", "add_", "set_tag", "summarize")
-_TAKES_ANYTHING = ("add_scalar", "log_metric")  # a wrapper would take 5% of their time
+_TAKES_ANYTHING = ("add_scalar", "log_metric")  # these accept any arguments, and a wrapper would take 5% of their time
 
 
 def counts_wrong_calls(method: _Method) -> _Method:
-    """Count what a method raises as a call with wrong arguments. Then the method returns None.
+    """Count the call as dropped if the method raises. The method then returns None.
 
     Python itself raises `TypeError` before the method begins if an argument is missing or unknown. So the method cannot
     catch that.
@@ -38,7 +38,7 @@ def counts_wrong_calls(method: _Method) -> _Method:
             raise_if_from_signal_handler(e)
             writer = getattr(self, "writer", self)
             if writer._spool is not None:
-                writer._refuse(method.__name__, e)
+                writer._drop_call(method.__name__, e)
 
     return counted  # type: ignore[return-value]
 

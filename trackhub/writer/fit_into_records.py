@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps values within what one record may hold: its bytes and its number of values.
 
-`trackhub.writer.values` calls it for the values of params, tags, final values and tables. So one value that is too
-large costs only itself, and many values become several records.
+`trackhub.writer.values` calls it for the values of params, tags, final values and tables. So a value that is
+too large is left out alone, and many values become several records.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["parts_that_fit", "value_problem"]
 
 _MAX_KEY_BYTES = 4 * MAX_KEY_CHARS  # a character of UTF-8 has up to 4 bytes
 _MAX_BYTES = MAX_BODY_BYTES - 100  # number, time, step and round take less
-_MAX_VALUE_BYTES = _MAX_BYTES - _MAX_KEY_BYTES - 10  # what msgpack writes before a key and a mapping
+_MAX_VALUE_BYTES = _MAX_BYTES - _MAX_KEY_BYTES - 10  # 10: what msgpack writes before the mapping and before the key
 _SHORT = 10_000  # characters; saves most texts from being encoded twice
 _Value = TypeVar("_Value")
 _encode = msgspec.msgpack.Encoder().encode
 
 
 def value_problem(value: Any) -> str | None:
-    """Return why a plain value is too large for any record, as a sentence without an end. None if it is not."""
+    """Return why a plain value is too large for any record, as a sentence without its full stop. None if it is not."""
     if not isinstance(value, str | list | dict) or (isinstance(value, str) and len(value) < _SHORT):
         return None
     if (size := len(_encode(value))) > _MAX_VALUE_BYTES:
@@ -38,7 +38,7 @@ def value_problem(value: Any) -> str | None:
 
 
 def parts_that_fit(values: dict[str, _Value]) -> list[dict[str, _Value]]:
-    """Return the values as the parts that each fit into one record, in their order; none if there are no values.
+    """Split the values into parts, in their order. Each part fits into one record. There is no part without values.
 
     Args:
         values: key to plain value. No value has a ``value_problem``.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the image that training code logs, and encodes it as a PNG unless it is a PNG or JPEG file already.
 
-`Writer.log_image` calls it. It needs Pillow, and NumPy for arrays; both are imported with the first image.
+`Writer.log_image` calls it. It imports Pillow with the first image, and NumPy only for arrays of pixels.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read_image(key: Any, image: Any, caption: Any) -> NewBlob:
     Raises:
         RecordError: an argument is not accepted, or Pillow is not installed.
     """
-    import hashlib  # imported late: with OpenSSL it takes a tenth of the time of `import trackhub`
+    import hashlib  # imported late: it loads OpenSSL, which takes a tenth of the time of `import trackhub`
 
     key = read_key(key)
     caption = "" if caption is None else caption
@@ -182,7 +182,7 @@ def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
             header = read_image_header(io.BytesIO(data))
         except BadImageError:
             header = None
-        # Other formats become PNG. So does a JPEG in CMYK: many viewers do not show it, and PNG has no CMYK.
+        # Other formats become PNG. A JPEG in CMYK becomes an RGB PNG, since many viewers do not show CMYK.
         if header is not None and (header.media_type != "image/jpeg" or not is_cmyk_jpeg(io.BytesIO(data))):
             return _EncodedImage(data, *header)
         with pil.open(io.BytesIO(data)) as image:
@@ -195,7 +195,10 @@ def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
 
 
 def _bytes_of(source: Any) -> bytes:
-    """Return what a file holds. It is given as bytes, a path, or an open file. A file in memory is read as a whole."""
+    """Return the bytes of a file that is given as bytes, as a path or as an open file.
+
+    An open file is read from its present position, and a `BytesIO` from its beginning.
+    """
     if isinstance(source, bytes | bytearray):
         return bytes(source)
     if isinstance(source, io.BytesIO):
@@ -243,7 +246,10 @@ def _to_pixels(key: str, image: Any) -> Any:
 
 
 def _pixels_of_ints(key: str, array: Any) -> Any:
-    """Return ints as pixels. A mask of 0 and 1 becomes black and white, except as uint16. Above 255 needs 16 bits."""
+    """Return ints as pixels. A mask of 0 and 1 becomes black and white, unless it is uint16.
+
+    Ints above 255, and uint16, make a grey image one of 16 bits. In other images, they are reduced to 8 bits.
+    """
     import numpy as np
 
     low, high = int(array.min()), int(array.max())

@@ -155,14 +155,14 @@ class FigureAndModelCalls:
         try:
             yield
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
-            self._refuse(method, e, key)
+            self._drop_call(method, e, key)
 
     if TYPE_CHECKING:  # what `Writer` has
         log_image: Callable[..., None]
         log_histogram: Callable[..., None]
         log_artifact: Callable[[str | os.PathLike[str], str | None, str], None]
 
-        def _refuse(self, method: str, error: Exception, key: Any = None) -> None: ...
+        def _drop_call(self, method: str, error: Exception, key: Any = None) -> None: ...
 
         def _note_left_out(self, method: str, bad: BadValues, *, has_rest: bool) -> None: ...
 

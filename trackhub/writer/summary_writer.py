@@ -139,7 +139,7 @@ class SummaryWriter(AdapterBase):
             kwargs: as for ``add_scalar``.
         """
         self._log_image(
-            "add_image", tag, global_step, convert_figures_and_tables.with_channels_last, img_tensor, dataformats
+            "add_image", tag, global_step, convert_figures_and_tables.as_torch_image, img_tensor, dataformats
         )
 
     def add_images(
@@ -161,7 +161,9 @@ class SummaryWriter(AdapterBase):
             dataformats: the names of its axes.
             kwargs: as for ``add_scalar``.
         """
-        self._log_image("add_images", tag, global_step, convert_figures_and_tables.image_grid, img_tensor, dataformats)
+        self._log_image(
+            "add_images", tag, global_step, convert_figures_and_tables.as_torch_grid, img_tensor, dataformats
+        )
 
     def add_image_with_boxes(
         self, tag: str, img_tensor: Any, box_tensor: Any, global_step: int | None = None, *args: Any, **kwargs: Any

@@ -46,7 +46,7 @@ def log_values(writer: Writer, values: Any, step: Any = None) -> None:
         for key, value in pairs_of("log", values, bad):
             _sort_out(key, value, numbers, calls, bad)
     except Exception as e:  # noqa: BLE001  # a foreign mapping may raise anything
-        writer._refuse("log", e)
+        writer._drop_call("log", e)
         return
     writer._note_left_out("log", bad, has_rest=bool(numbers or calls))
     for key, call in calls.items():

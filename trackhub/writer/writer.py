@@ -139,7 +139,7 @@ class Writer(FigureAndModelCalls):
                 # The spool encodes at once, so a dict of known keys and floats needs no copy (docs/adr/0004).
                 spool.append(Metrics(values), step, now)
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
-            self._refuse("log", e, *_keys_of(metrics))
+            self._drop_call("log", e, *_keys_of(metrics))
 
     @implemented_by(_log)
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -362,7 +362,7 @@ class Writer(FigureAndModelCalls):
             step = read_step(step)
             self._spool.append(read(*args, **kwargs), step, now)
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
-            self._refuse(method, e, *args[:1])
+            self._drop_call(method, e, *args[:1])
 
     def _append_values(self, method: str, read: Callable[[Any, BadValues], Sequence[Payload]], values: Any) -> None:
         """Append what ``read`` makes of a mapping, and count the values that it leaves out."""
@@ -376,7 +376,7 @@ class Writer(FigureAndModelCalls):
             for payload in payloads:
                 self._spool.append(payload, None, now)
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
-            self._refuse(method, e, *_keys_of(values))
+            self._drop_call(method, e, *_keys_of(values))
 
     def _append_blob(
         self,
@@ -394,7 +394,7 @@ class Writer(FigureAndModelCalls):
             step = read_step(step)
             self._spool.append_blob(read(*args, **kwargs), step, now)
         except Exception as e:  # noqa: BLE001  # no log call raises, whatever it was given
-            self._refuse(method, e, *args[:1])
+            self._drop_call(method, e, *args[:1])
 
     def _read_metrics(self, metrics: Any) -> dict[str, float]:
         if (known := known_numbers(metrics, self._known_keys)) is not None:
@@ -415,7 +415,7 @@ class Writer(FigureAndModelCalls):
         for key, error in bad.found:
             _warn(method, _INVALID_VALUE, (key,), error)
 
-    def _refuse(self, method: str, error: Exception, *keys: Any) -> None:
+    def _drop_call(self, method: str, error: Exception, *keys: Any) -> None:
         """Count a call that cannot be recorded, and warn once. A strict writer raises.
 
         Args:
