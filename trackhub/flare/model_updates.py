@@ -56,6 +56,12 @@ class ModelUpdates:
         self._bytes = 0
         self._left_out: set[str] = set()
 
+    def of_next_round(self) -> ModelUpdates:
+        """Return measurements for the next round. What this one has told the log is not told again."""
+        found = ModelUpdates(self._warn, self._max_bytes)
+        found._warned = self._warned
+        return found
+
     def note_sent(self, task_id: str, data: Any) -> None:
         """Note the model in a task that a site gets. Keeps FLARE's own arrays, and copies none."""
         model = model_in(data)

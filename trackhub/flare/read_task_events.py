@@ -66,6 +66,7 @@ class HandedTask(NamedTuple):
         is_relay: True if the sites do the task one after another.
         round: the round that the task carries; None if it carries none.
         model_bytes: bytes of the arrays in it.
+        made_at: when the workflow made the task, in unix seconds.
     """
 
     id: str
@@ -76,6 +77,7 @@ class HandedTask(NamedTuple):
     is_relay: bool
     round: int | None
     model_bytes: int
+    made_at: float = 0.0
 
 
 class ReturnedTask(NamedTuple):
@@ -117,6 +119,7 @@ def handed_task(fl_ctx: FLContext) -> HandedTask | None:
         is_relay=isinstance(manager, SequentialRelayTaskManager | AnyRelayTaskManager),
         round=round_of_task(data),
         model_bytes=_array_bytes(data),
+        made_at=task.schedule_time or 0.0,
     )
 
 

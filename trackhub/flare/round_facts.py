@@ -42,6 +42,7 @@ class Round:
         number: the round.
         began: when it began.
         last_event_at: when the last thing happened in it.
+        last_made_at: when the newest of its tasks was made, as in `HandedTask`.
         sampled: the sites for which the workflow had a task.
         failed: the sites that say that a task failed.
     """
@@ -50,6 +51,7 @@ class Round:
         """Begin the round now."""
         self.number = number
         self.began = self.last_event_at = time.monotonic()
+        self.last_made_at = 0.0
         self.sampled: set[str] = set()
         self.failed: set[str] = set()
         self._targets: set[tuple[str, str]] = set()  # workflow's task, site that it is for
@@ -67,6 +69,7 @@ class Round:
         """Note that a site gets a task. Return the sites that the round did not expect before."""
         self.note_event()
         now = self.last_event_at
+        self.last_made_at = max(self.last_made_at, task.made_at)
         # If a site asks again, FLARE hands out the same task again. The site's time counts from the first time.
         if task.id not in self._handed:
             first = self._first_handed.setdefault(task.workflow_task, now)
