@@ -191,3 +191,17 @@ def test_no_color_is_obeyed(jobs: Path) -> None:
     )  # fmt: skip
 
     assert "\x1b[3" not in done.stdout
+
+
+@pytest.mark.parametrize("args", [["status"], ["replay"], ["prune"], ["report"], ["export", "--to", "all.csv"]])
+def test_a_link_to_a_run_is_named_and_not_followed(command: Command, jobs: Path, args: Sequence[str]) -> None:
+    Path("runs").mkdir()
+    link = Path("runs", "a")
+    link.symlink_to(jobs / "good")
+    Path("runs", "loop").symlink_to(".")
+
+    said = command(*args, "runs")
+
+    assert said.status == 1
+    assert f"{link} is a symbolic link to a run's folder, and is not followed; give {link} itself" in said.err
+    assert command("status", link).status == 0

@@ -33,7 +33,8 @@ class Found(NamedTuple):
     Attributes:
         journals: the journal files.
         spools: the spool folders.
-        unreadable: an error for each folder that this user may not read. It may hold more.
+        unreadable: an error for each folder that is not looked into, and may hold more: one that this user may not
+            read, or a symbolic link to a run.
     """
 
     journals: list[Path]
@@ -44,14 +45,15 @@ class Found(NamedTuple):
 def find(path: Path) -> Found:
     """Return the journals and spools at this path: the file or folder itself, or all below it.
 
-    If a repair of a journal was interrupted, the files that it left count as that journal.
+    If a repair of a journal was interrupted, the files that it left count as that journal. Symbolic links below the
+    path are not followed: somebody else may have put them there, to have another folder changed.
 
     Args:
         path: a journal file, a spool folder, or any folder above, such as a job's or a whole workspace.
 
     Raises:
         ConfigError: there is no file or folder at this path, or it holds neither a journal nor a spool.
-        JournalError: a folder may not be read, and nothing was found in the others.
+        JournalError: a folder may not be read, or is a link to a run, and nothing was found in the others.
     """
     failed: list[OSError] = []
     try:
@@ -73,6 +75,10 @@ def find(path: Path) -> Found:
         if _SPOOL_MARK in names:
             spools.append(Path(folder))
     unreadable += [
+        JournalError(f"{link} is a symbolic link to a run's folder, and is not followed; give {link} itself")
+        for link in sorted(_links_to_runs(path))
+    ]
+    unreadable += [
         JournalError(f"cannot look for journals: {error}; look as the user who owns it")
         for error in failed
         if isinstance(error, PermissionError)  # otherwise a job may have removed the folder just now
@@ -85,6 +91,12 @@ def find(path: Path) -> Found:
             f"folder of a finished job: download the job first, and give the folder that it was downloaded to"
         )
     return Found(sorted(journals), sorted(spools), unreadable)
+
+
+def _links_to_runs(folder: Path) -> list[Path]:
+    """Return the symbolic links in this folder that lead to a run's folder. Never raises."""
+    names = glob.glob(f"*/trackhub/{JOURNAL_NAME}", root_dir=folder, include_hidden=True)
+    return [link for link in (folder / Path(name).parts[0] for name in names) if os.path.islink(link)]
 
 
 def find_all(paths: Iterable[Path]) -> Found:
