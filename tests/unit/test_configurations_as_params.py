@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ import pytest
 from tests.unit.readers_and_bad_backends import new_spool
 from tests.unit.test_writer_bad_values import count_of, payloads
 from trackhub.records import Metrics, Params, Summary
+from trackhub.writer import nested_mappings
 from trackhub.writer.writer import Writer
 
 
@@ -123,3 +125,46 @@ def test_a_mapping_that_cannot_be_read_costs_only_itself(writer: Writer, odd: An
         assert isinstance(found, Metrics | Params | Summary)
         assert found.values.items() >= {"a": 1.0, "z": 2.0}.items()
     assert not count_of(writer).dropped
+
+
+def configuration_with_parents(parts: int) -> types.SimpleNamespace:
+    root = types.SimpleNamespace(lr=0.1)
+    for i in range(parts):
+        setattr(root, f"part{i}", types.SimpleNamespace(parent=root, size=i))
+    return root
+
+
+def test_a_part_that_refers_to_its_parent_costs_only_that_reference(writer: Writer) -> None:
+    log: Callable[..., None] = writer.log_params
+    log(configuration_with_parents(10))
+    assert payloads(writer) == [Params({"lr": 0.1, **{f"part{i}/size": i for i in range(10)}})]
+    assert count_of(writer).altered == {"invalid_value": 10}
+
+
+def test_objects_that_all_refer_to_each_other_end_a_call_soon(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nested_mappings, "MAX_VALUES_OF_RECORD", 1000)
+    nodes: list[dict[str, Any]] = [{"size": i} for i in range(12)]
+    for node in nodes:
+        node.update({f"other{i}": other for i, other in enumerate(nodes) if other is not node})
+    writer.log_params({"net": nodes[0], "lr": 0.1})
+    (params,) = payloads(writer)
+    assert isinstance(params, Params)
+    assert (params.values["net/size"], params.values["lr"]) == (0, 0.1)
+    assert len(params.values) + count_of(writer).altered["invalid_value"] < 1100
+
+
+def test_a_part_that_many_others_share_ends_a_call_soon(writer: Writer, caplog: pytest.LogCaptureFixture) -> None:
+    shared: dict[str, Any] = {"size": 1}
+    for _ in range(18):
+        shared = {"left": shared, "right": shared}
+    writer.log_params({"net": shared, "lr": 0.1})
+    found = {key for part in payloads(writer) if isinstance(part, Params) for key in part.values}
+    assert "lr" in found
+    assert 10_000 < len(found) < 100_000
+    assert "the nested mappings of one call have more than 100,000 values" in caplog.text
+
+
+def test_a_part_that_comes_twice_is_logged_twice(writer: Writer) -> None:
+    shared = {"lr": 0.1}
+    writer.log_params({"a": shared, "b": {"c": shared}})
+    assert payloads(writer) == [Params({"a/lr": 0.1, "b/c/lr": 0.1})]

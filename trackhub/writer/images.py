@@ -18,8 +18,9 @@ from trackhub.errors import RecordError
 from trackhub.image_header import BadImageError, is_cmyk_jpeg, read_image_header
 from trackhub.records import MAX_CAPTION_CHARS, MAX_IMAGE_BYTES, Blob, Image
 from trackhub.spool.writing import NewBlob
+from trackhub.writer.bad_values import BadValues
 from trackhub.writer.plain_values import array_of, holds_numbers, plain_text, shown
-from trackhub.writer.values import BadValues, read_key
+from trackhub.writer.values import read_key
 
 __all__ = ["grid_of", "read_image"]
 

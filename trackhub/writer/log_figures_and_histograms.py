@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from trackhub.errors import RecordError
 from trackhub.records import MAX_CAPTION_CHARS
+from trackhub.writer.bad_values import BadValues
 from trackhub.writer.convert_figures_and_tables import figure_png
 from trackhub.writer.count_wrong_calls import with_counted_calls
 from trackhub.writer.plain_values import key_text, shown
-from trackhub.writer.values import BadValues
 
 if TYPE_CHECKING:
     from trackhub.spool.writing import SpoolWriter

@@ -31,6 +31,7 @@ __all__ = [
     "plain_number",
     "plain_param",
     "plain_text",
+    "require_new",
     "shown",
     "shown_error",
 ]
@@ -103,6 +104,18 @@ def key_text(key: Any, *, is_inner: bool = False) -> str:
     if isinstance(key, bool | int | float) or (is_inner and (key is None or isinstance(key, tuple))):
         return str(key)
     raise RecordError(f"key {shown(key)} is a {type(key).__name__}; expected a str")
+
+
+def require_new(key: str, found: Mapping[str, Any]) -> None:
+    """Check that a key is not there yet.
+
+    Raises:
+        RecordError: it is.
+    """
+    if key in found:
+        raise RecordError(
+            f"key {shown(key)} comes twice in one call; only one value can be kept. Rename one of the keys"
+        )
 
 
 def as_mapping(value: Any, *, has_fields: bool) -> Mapping[Any, Any] | None:

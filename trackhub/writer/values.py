@@ -12,12 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from trackhub.errors import RecordError
 from trackhub.records import (
-    MAX_DEPTH,
     MAX_STEP,
     MAX_VALUES_OF_RECORD,
     Histogram,
@@ -29,25 +28,23 @@ from trackhub.records import (
     key_problem,
 )
 from trackhub.signal_handler_errors import raise_if_from_signal_handler
+from trackhub.writer.bad_values import BadValues, WrongCallError
 from trackhub.writer.convert_figures_and_tables import chosen_columns, table_of
 from trackhub.writer.fit_into_records import parts_that_fit, value_problem
+from trackhub.writer.nested_mappings import pairs_of
 from trackhub.writer.plain_values import (
     array_of,
-    as_mapping,
     holds_numbers,
     key_text,
     plain_number,
     plain_param,
     plain_text,
+    require_new,
     shown,
-    shown_error,
 )
 
 __all__ = [
-    "BadValues",
-    "WrongCallError",
     "known_numbers",
-    "pairs_of",
     "read_histogram",
     "read_key",
     "read_metrics",
@@ -57,57 +54,11 @@ __all__ = [
     "read_table",
     "read_tags",
     "read_text",
-    "require_new",
 ]
 
 _KNOWN_KEYS_MAX = 10_000
 _MAX_BINS = (MAX_VALUES_OF_RECORD - 1) // 2  # a histogram has one edge more than it has counts
 _Value = TypeVar("_Value")
-
-
-class WrongCallError(RecordError):
-    """The whole call is wrong, for example because its step is not a number.
-
-    If the call is right but a value in it is bad, that value gets a plain `RecordError`.
-    """
-
-
-class BadValues:
-    """The values of a log call that cannot be stored, each with its error.
-
-    Attributes:
-        found: the key, as text, and the error of each value.
-    """
-
-    def __init__(self, *, strict: bool) -> None:
-        """Begin with no bad value.
-
-        Args:
-            strict: raise the first error, and collect none.
-        """
-        self.found: list[tuple[str, RecordError]] = []
-        self._strict = strict
-
-    def add(self, what: str, key: Any, error: Exception) -> None:
-        """Note that the value under this key cannot be stored.
-
-        Args:
-            what: what the value is, for the message.
-            key: its key.
-            error: why. It may be anything that the value's own methods raise.
-
-        Raises:
-            RecordError: only if ``strict``.
-            Exception: a signal handler of the script raised it.
-        """
-        raise_if_from_signal_handler(error)
-        if not isinstance(error, RecordError):
-            cause = error
-            error = RecordError(f"{what} {shown(key)} cannot be read: {type(cause).__name__}: {shown_error(cause)}")
-            error.__cause__ = cause
-        if self._strict:
-            raise error
-        self.found.append((shown(key), error))
 
 
 def known_numbers(metrics: Any, known_keys: set[str]) -> dict[str, float] | None:
@@ -353,64 +304,6 @@ def _whole(step: Any) -> int:
         if not number.is_integer():
             raise
         return int(number)
-
-
-def pairs_of(
-    method: str, values: Any, bad: BadValues, *, is_nested: bool = True, has_fields: bool = False
-) -> Iterator[tuple[Any, Any]]:
-    """Yield the values of a mapping with their keys. The values of a nested mapping get keys such as ``a/b``.
-
-    Args:
-        method: the method that was called, for the message.
-        values: the mapping.
-        bad: gets the values that cannot be read.
-        is_nested: whether to look into nested mappings.
-        has_fields: whether an object with fields counts as a mapping.
-
-    Raises:
-        WrongCallError: ``values`` is not a mapping.
-    """
-    fields = as_mapping(values, has_fields=has_fields)
-    if fields is None:
-        name = type(values).__name__
-        raise WrongCallError(f"{method}: expected a mapping of key to value, got {name}: {shown(values)}")
-    depth = 0 if is_nested else MAX_DEPTH + 1  # `_pairs` looks into nothing that is deeper than MAX_DEPTH
-    yield from _pairs("", list(fields), fields, bad, depth, has_fields=has_fields)
-
-
-def _pairs(
-    prefix: str, keys: list[Any], fields: Mapping[Any, Any], bad: BadValues, depth: int, *, has_fields: bool
-) -> Iterator[tuple[Any, Any]]:
-    for key in keys:
-        path: Any = key
-        try:
-            path = f"{prefix}{key_text(key, is_inner=bool(prefix))}"
-            value = fields[key]
-            inner = None if depth > MAX_DEPTH else as_mapping(value, has_fields=has_fields)
-            if inner is not None and depth == MAX_DEPTH:
-                raise RecordError(f"{shown(path)} is nested more than {MAX_DEPTH} deep; flatten it first")
-            inner_keys = [] if inner is None else list(inner)
-        except Exception as e:  # noqa: BLE001  # for example, OmegaConf raises for a value that is missing
-            bad.add("value", path, e)
-            continue
-        if inner is None:
-            yield path, value
-        elif inner_keys:
-            yield from _pairs(f"{path}/", inner_keys, inner, bad, depth + 1, has_fields=has_fields)
-        elif has_fields:  # an empty mapping is a param as well, but no metric
-            yield path, {}
-
-
-def require_new(key: str, found: Mapping[str, Any]) -> None:
-    """Check that a key is not there yet.
-
-    Raises:
-        RecordError: it is.
-    """
-    if key in found:
-        raise RecordError(
-            f"key {shown(key)} comes twice in one call; only one value can be kept. Rename one of the keys"
-        )
 
 
 def _read_cached_key(key: Any, known_keys: set[str]) -> str:

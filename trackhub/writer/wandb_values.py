@@ -14,8 +14,10 @@ from typing import Any
 
 from trackhub.errors import SpoolError
 from trackhub.signal_handler_errors import raise_if_from_signal_handler
+from trackhub.writer.bad_values import BadValues
 from trackhub.writer.convert_figures_and_tables import table_of
-from trackhub.writer.values import BadValues, pairs_of, require_new
+from trackhub.writer.nested_mappings import pairs_of
+from trackhub.writer.plain_values import require_new
 from trackhub.writer.writer import Writer
 
 __all__ = ["log_values"]

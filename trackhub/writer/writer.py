@@ -22,6 +22,7 @@ from trackhub.errors import RecordError, SpoolError
 from trackhub.records import MAX_STEP, Metrics, Payload
 from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.spool.writing import NewBlob, SpoolWriter
+from trackhub.writer.bad_values import BadValues, WrongCallError
 from trackhub.writer.count_wrong_calls import implemented_by, with_counted_calls
 from trackhub.writer.images import read_image
 from trackhub.writer.log_figures_and_histograms import FigureAndModelCalls
@@ -29,8 +30,6 @@ from trackhub.writer.plain_values import shown, shown_error
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.spool_choice import is_strict, open_spool
 from trackhub.writer.values import (
-    BadValues,
-    WrongCallError,
     known_numbers,
     read_histogram,
     read_metrics,
