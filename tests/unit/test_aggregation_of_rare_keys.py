@@ -103,3 +103,14 @@ def test_a_longer_second_workflow_proves_the_keys_of_the_first() -> None:
         found += play(aggregation, round_, both)
 
     assert [output.round for output in found if "val/loss/count" in output.values] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keys"), [("val/iou[0]", {"val/iou[0]", "val/iou0"}), ("*/iou[[]1]", {"val/iou[1]"})]
+)
+def test_a_key_with_brackets_can_be_named_as_it_is(pattern: str, keys: set[str]) -> None:
+    logged = ["val/iou[0]", "val/iou[1]", "val/iou0", "val/iou[0]x"]
+
+    found = play(Aggregation([pattern]), 0, {"site-1": logged})
+
+    assert {key for key in logged if counts(found, key)} == keys

@@ -78,7 +78,8 @@ def key_patterns(patterns: Iterable[str]) -> re.Pattern[str] | None:
 
     ``*`` means any characters, ``?`` means one, and ``[abc]`` means one of these.
     """
-    joined = "|".join(fnmatch.translate(pattern) for pattern in patterns)
+    # A pattern matches the key that equals it, too: keys of one class, such as val/iou[0], have brackets.
+    joined = "|".join(rf"{fnmatch.translate(pattern)}|{re.escape(pattern)}\Z" for pattern in patterns)
     return re.compile(joined) if joined else None
 
 
