@@ -14,6 +14,7 @@ import pytest
 
 from tests.unit.readers_and_bad_backends import new_spool
 from tests.unit.test_writer_bad_values import count_of, payloads
+from trackhub.errors import RecordError
 from trackhub.records import Metrics, Params, Summary
 from trackhub.writer import nested_mappings
 from trackhub.writer.writer import Writer
@@ -168,3 +169,9 @@ def test_a_part_that_comes_twice_is_logged_twice(writer: Writer) -> None:
     shared = {"lr": 0.1}
     writer.log_params({"a": shared, "b": {"c": shared}})
     assert payloads(writer) == [Params({"a/lr": 0.1, "b/c/lr": 0.1})]
+
+
+@pytest.mark.parametrize("value", [[{1: "conv", "1": "pool"}], ({"a": {None: 1, "None": 2}},)])
+def test_keys_in_a_list_that_become_the_same_text_are_counted(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(RecordError, match="comes twice"):
+        Writer(new_spool(tmp_path / "spool"), strict=True).log_params({"layers": value})

@@ -272,12 +272,15 @@ def test_keys_of_inner_dicts_that_are_no_text_become_text(writer: Writer) -> Non
 
 
 def test_masked_values_are_in_no_histogram_and_no_metric(writer: Writer) -> None:
-    writer.log_histogram("h", np.ma.masked_array([1.0, 2.0, 99.0], [False, False, True]), bins=2)
+    masked = np.ma.masked_array([1.0, 2.0, 99.0], [False, False, True])
+    writer.log_histogram("h", masked, bins=2)
+    writer.log_histogram("h", [masked[:1], masked[1:2], masked[2:]], bins=2)
     writer.log({"one": np.ma.masked_array([1.0], [True])})
     writer.log_histogram("dates", np.array(["2026-01-01"], "M8[ns]"))
 
-    histogram, metrics = payloads(writer)
+    histogram, again, metrics = payloads(writer)
     assert isinstance(histogram, Histogram)
+    assert histogram == again
     assert (histogram.edges[-1], histogram.counts) == (2.0, [1.0, 1.0])
     assert isinstance(metrics, Metrics)
     assert math.isnan(metrics.values["one"])

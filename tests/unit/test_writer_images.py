@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tests.unit.readers_and_bad_backends import new_spool, read_spool, spool_of
 from trackhub.errors import RecordError
 from trackhub.records import Image
 from trackhub.spool.layout import blob_file
+from trackhub.writer.plain_values import array_of
+from trackhub.writer.summary_writer import SummaryWriter
 from trackhub.writer.writer import Writer
 
 torch = pytest.importorskip("torch")
@@ -155,3 +158,36 @@ def test_masked_pixels_are_black(tmp_path: Path) -> None:
 def test_a_range_that_nobody_can_know_is_refused_by_name(tmp_path: Path, image: Any) -> None:
     with pytest.raises(RecordError, match="expected"):
         stored(tmp_path, image)
+
+
+def test_a_masked_batch_of_an_adapter_has_black_pixels_too(tmp_path: Path) -> None:
+    writer = Writer(new_spool(tmp_path / "spool"), strict=True)
+    adapter = SummaryWriter(writer=writer)
+    masked = np.ma.masked_array(GREY, mask=MASK)
+    adapter.add_image("one", masked[None])
+    adapter.add_images("batch", masked[None, None])
+    writer.log_images("list", [list(masked)])
+    folder = spool_of(writer).folder
+    (records,) = read_spool(folder).values()
+    assert len(records) == 3
+    for record in records:
+        assert isinstance(record.payload, Image)
+        pixels = np.asarray(Pillow.open(blob_file(folder, record.payload.blob.name)))
+        np.testing.assert_array_equal(pixels, np.where(MASK, 0, GREY))
+
+
+def test_an_open_file_of_any_class_is_read_and_stays_open(tmp_path: Path) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        file.write(as_file(GREY, "PNG"))
+        file.seek(0)
+        np.testing.assert_array_equal(stored(tmp_path, file), GREY)
+        file.seek(0)
+        assert file.read(4) == b"\x89PNG"
+
+
+def test_no_method_of_an_object_is_called_because_of_its_name_alone() -> None:
+    class Stream:
+        def detach(self) -> None:
+            raise AssertionError
+
+    assert array_of(Stream()).shape == ()

@@ -142,3 +142,50 @@ def test_what_is_no_table_is_refused_by_name(tmp_path: Path, args: tuple[Any, ..
 def test_single_values_are_one_row(tmp_path: Path) -> None:
     assert stored(tmp_path, {"a": 1, "b": "x", "c": np.array(2.5)}) == (["a", "b", "c"], [[1, "x", 2.5]])
     assert stored(tmp_path / "empty", {"a": [], "b": 1}) == (["a", "b"], [])
+
+
+EPOCHS = pd.DataFrame({"epoch": [10, 20, 30], "loss": [3.0, 2.0, 1.0]})
+
+
+@pytest.mark.parametrize("epochs", [[10, 20, 30], [10, 20, 31], [0, 1, 2], [2, 1, 0]])
+def test_labels_are_kept_whatever_numbers_they_are(tmp_path: Path, epochs: list[int]) -> None:
+    """pandas makes a RangeIndex of any evenly spaced numbers."""
+    frame = EPOCHS.assign(epoch=epochs)
+    rows = [[epoch, loss] for epoch, loss in zip(epochs, [3.0, 2.0, 1.0], strict=True)]
+    assert stored(tmp_path / "whole", frame.set_index("epoch")) == (["epoch", "loss"], rows)
+    assert stored(tmp_path / "chosen", ["epoch", "loss"], frame.set_index("epoch")) == (["epoch", "loss"], rows)
+    assert stored(tmp_path / "series", {"loss": frame.set_index("epoch")["loss"]}) == (["epoch", "loss"], rows)
+
+
+@pytest.mark.parametrize("index", [[1, 3, 5], [0, 2, 4], [5, 6, 7], [False, True, False], [0.5, 1.5, 2.5]])
+def test_a_chosen_row_keeps_its_label(tmp_path: Path, index: list[Any]) -> None:
+    expected = (["index", "a"], [[label, 7] for label in index])
+    assert stored(tmp_path / "frame", pd.DataFrame({"a": 7}, index=index)) == expected
+    assert stored(tmp_path / "series", {"a": pd.Series(7, index=index)}) == expected
+
+
+def test_columns_that_are_series_are_joined_by_their_labels(tmp_path: Path) -> None:
+    train, val = pd.Series(list("aaab")).value_counts(), pd.Series(list("abbbc")).value_counts()
+    columns, rows = stored(tmp_path / "1", {"train": train, "val": val, "split": "x"})
+    assert columns == ["index", "train", "val", "split"]
+    assert sorted(rows) == [["a", 3, 1, "x"], ["b", 1, 3, "x"], ["c", None, 1, "x"]]
+
+    rest = EPOCHS["loss"][EPOCHS["loss"] < 3]
+    assert stored(tmp_path / "2", {"all": EPOCHS["loss"], "rest": rest}) == (
+        ["all", "rest"],
+        [[3.0, None], [2.0, 2.0], [1.0, 1.0]],
+    )
+    assert stored(tmp_path / "3", {"n": {False: 1, True: 2}}) == (["index", "n"], [[False, 1], [True, 2]])
+
+
+def test_labels_that_come_twice_are_kept_or_refused_but_never_mixed_up(tmp_path: Path) -> None:
+    twice = pd.Series([1, 2], index=["a", "a"])
+    assert stored(tmp_path / "same", {"x": twice, "y": twice + 1})[1] == [["a", 1, 2], ["a", 2, 3]]
+    with pytest.raises(RecordError, match="a label comes twice"):
+        stored(tmp_path / "others", {"x": twice, "y": pd.Series([1], index=["b"])})
+
+
+def test_columns_whose_names_become_the_same_text_are_both_kept(tmp_path: Path) -> None:
+    both: Any = {1: [1, 2], "1": [3, 4]}
+    assert stored(tmp_path / "whole", both) == (["1", "1"], [[1, 3], [2, 4]])
+    assert stored(tmp_path / "chosen", [1, "1"], both) == (["1", "1"], [[1, 3], [2, 4]])

@@ -75,7 +75,7 @@ def as_torch_image(image: Any, dataformats: str | None) -> Any:
         if len(shape) != 3 or not 1 <= shape[0] <= _MAX_CHANNELS:
             return image
         dataformats = "CHW"
-    array, axes = array_of(image), dataformats.upper()
+    array, axes = _unmasked(image), dataformats.upper()
     if len(axes) != array.ndim:
         raise ValueError(f"the shape {list(array.shape)} does not fit dataformats={dataformats!r}; name each axis once")
     return array.transpose([axes.index(axis) for axis in "HWC" if axis in axes])
@@ -93,7 +93,7 @@ def as_torch_grid(batch: Any, dataformats: str = "NCHW") -> Any:
     """
     import numpy as np
 
-    array, axes = array_of(batch), dataformats.upper()
+    array, axes = _unmasked(batch), dataformats.upper()
     if "N" not in axes:
         return as_torch_image(array, axes)
     if len(axes) != array.ndim or not array.shape[axes.index("N")]:
@@ -103,6 +103,13 @@ def as_torch_grid(batch: Any, dataformats: str = "NCHW") -> Any:
     rows = math.ceil(len(images) / columns)
     images = np.concatenate([images, np.zeros_like(images[:1]).repeat(rows * columns - len(images), axis=0)])
     return np.concatenate([np.concatenate(images[i * columns : (i + 1) * columns], axis=1) for i in range(rows)])
+
+
+def _unmasked(image: Any) -> Any:
+    """Return an array of pixels. Masked ones become black, as in `Writer.log_image`."""
+    import numpy as np
+
+    return np.ma.filled(array_of(image), 0)
 
 
 def histogram_of_buckets(
@@ -148,8 +155,8 @@ def pr_curve(
 def table_of(data: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
     """Return the columns and rows of a DataFrame, of a mapping of columns, or of a list of mappings.
 
-    The labels of the rows become the first columns, unless they only number the rows. Labels come from a pandas index,
-    or from columns that are mappings of label to cell.
+    The labels of the rows become the first columns, unless they have no name and only number the rows. Labels come from
+    a pandas index, or from columns that are Series or mappings of label to cell.
 
     Raises:
         TypeError: this is not a table.
@@ -166,7 +173,7 @@ def table_of(data: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
         return list(map(str, names)), [[row.get(name) for name in names] for row in data]
     if isinstance(data, str | bytes) or not hasattr(data, "__getitem__") or not hasattr(data, "keys"):
         raise TypeError(f"a {type(data).__name__} is not a table")
-    return _table_of_columns({str(name): data[name] for name in data})
+    return _table_of_columns([(str(name), data[name]) for name in data])
 
 
 def chosen_columns(names: Sequence[Any], data: Any) -> Iterable[Any]:
@@ -185,6 +192,8 @@ def chosen_columns(names: Sequence[Any], data: Any) -> Iterable[Any]:
         return ([row.get(name) for name in names] if isinstance(row, Mapping) else row for row in data)
     found, rows = table_of(data)
     wanted = list(map(str, names))
+    if wanted == found:
+        return rows
     if set(wanted) <= set(found):
         places = [found.index(name) for name in wanted]
         return ([row[place] for place in places] for row in rows)
@@ -195,7 +204,7 @@ def chosen_columns(names: Sequence[Any], data: Any) -> Iterable[Any]:
 
 def _table_of_pandas(frame: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
     columns, rows = list(map(str, frame.columns)), frame.itertuples(index=False, name=None)
-    if type(frame.index).__name__ == "RangeIndex":
+    if _only_number_rows(frame.index, len(frame)) and frame.index.name is None:
         return columns, rows
     count = frame.index.nlevels
     names = ["index" if count == 1 else f"level_{i}" for i in range(count)]
@@ -207,27 +216,78 @@ def _table_of_pandas(frame: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
     return names + columns, ((*label, *row) for label, row in zip(labels, rows, strict=True))
 
 
-def _table_of_columns(columns: dict[str, Any]) -> tuple[list[str], Iterable[Sequence[Any]]]:
-    """Return a table of columns, each a sequence or a mapping of label to cell. A single value is in each row."""
-    labels = list(
-        dict.fromkeys(label for column in columns.values() if isinstance(column, Mapping) for label in column)
-    )
-    whole = {name: _cells(column, labels) for name, column in columns.items()}
-    lengths = {len(cells) for cells in whole.values() if cells is not None}
+def _table_of_columns(columns: list[tuple[str, Any]]) -> tuple[list[str], Iterable[Sequence[Any]]]:
+    """Return a table of columns that are sequences, or have a label for each cell. A single value stands in each row.
+
+    Cells with the same label come into one row, as in pandas.
+    """
+    own = [_labels_of(column) for _, column in columns]
+    lists = [found for found in own if found is not None]
+    is_same = all(found == lists[0] for found in lists)
+    labels = lists[0] if lists and is_same else list(dict.fromkeys(label for found in lists for label in found))
+    whole = [
+        _cells(column, found, None if is_same else labels) for (_, column), found in zip(columns, own, strict=True)
+    ]
+    lengths = {len(cells) for cells in whole if cells is not None}
     if len(lengths) > 1:
         raise ValueError(f"the columns have {sorted(lengths)} cells; expected as many in each")
     size = lengths.pop() if lengths else min(1, len(columns))
-    filled = [[columns[name]] * size if cells is None else cells for name, cells in whole.items()]
-    names = list(columns)
-    if labels and labels != list(range(size)):
-        filled, names = [labels, *filled], ["index" if "index" not in names else "row_index", *names]
+    filled = [[column] * size if cells is None else cells for (_, column), cells in zip(columns, whole, strict=True)]
+    names = [name for name, _ in columns]
+    label_name = next((name for _, column in columns if (name := _name_of_labels(column)) is not None), None)
+    if labels and (label_name is not None or not _only_number_rows(labels, size)):
+        label_name = "index" if label_name is None else label_name
+        if label_name in names:
+            label_name = "row_index" if label_name == "index" else f"{label_name}_index"
+        filled, names = [labels, *filled], [label_name, *names]
     return names, zip(*filled, strict=True)
 
 
-def _cells(column: Any, labels: list[Any]) -> list[Any] | None:
-    """Return the cells of a column, for a mapping in the order of the labels. None if it is a single value."""
+def _labels_of(column: Any) -> list[Any] | None:
+    """Return the label of each cell of a column that is a mapping or a Series of pandas; None for any other column."""
     if isinstance(column, Mapping):
-        return [column.get(label) for label in labels]
+        return list(column)
+    return list(column.index) if _is_pandas_series(column) else None
+
+
+def _name_of_labels(column: Any) -> str | None:
+    """Return what the labels of a Series of pandas are called. None if they have no name, or it is no such Series."""
+    name = column.index.name if _is_pandas_series(column) else None
+    return None if name is None else str(name)
+
+
+def _is_pandas_series(column: Any) -> bool:
+    return hasattr(column, "to_frame") and hasattr(column, "index") and not callable(column.index)
+
+
+def _only_number_rows(labels: Any, size: int) -> bool:
+    """Return whether the labels are 0, 1, 2, ... up to the number of rows."""
+    return len(labels) == size and all(_is_whole(label) and label == i for i, label in enumerate(labels))
+
+
+def _is_whole(label: Any) -> bool:
+    return type(label) is int or getattr(getattr(label, "dtype", None), "kind", "") in ("i", "u")
+
+
+def _cells(column: Any, own: list[Any] | None, labels: list[Any] | None) -> list[Any] | None:
+    """Return the cells of a column. None if it is a single value.
+
+    Args:
+        column: the column.
+        own: the label of each cell, if it has labels.
+        labels: the labels of the rows; None if they are the column's own.
+
+    Raises:
+        ValueError: a label comes twice, so the column does not say which cell belongs into which row.
+    """
+    if own is not None:
+        cells = list(column.values()) if isinstance(column, Mapping) else list(column)
+        if labels is None:
+            return cells
+        found = dict(zip(own, cells, strict=True))
+        if len(found) < len(own):
+            raise ValueError("a label comes twice in a column, and another column has other labels")
+        return [found.get(label) for label in labels]
     is_single = (
         isinstance(column, str | bytes) or not hasattr(column, "__iter__") or getattr(column, "shape", None) == ()
     )

@@ -140,7 +140,7 @@ def _encode_image(key: str, image: Any) -> _EncodedImage:
         RecordError: the image is not as described there, or Pillow is not installed.
     """
     pil = _load_pillow(key)
-    if isinstance(image, bytes | bytearray | str | os.PathLike | io.IOBase):
+    if isinstance(image, bytes | bytearray | str | os.PathLike) or callable(getattr(image, "read", None)):
         return _read_file(key, pil, image)
     buffer = io.BytesIO()
     try:
@@ -204,7 +204,9 @@ def _bytes_of(source: Any) -> bytes:
         return bytes(source)
     if isinstance(source, io.BytesIO):
         return source.getvalue()
-    return bytes(source.read()) if isinstance(source, io.IOBase) else Path(os.fsdecode(source)).read_bytes()
+    if isinstance(source, str | os.PathLike):
+        return Path(os.fsdecode(source)).read_bytes()
+    return bytes(source.read())
 
 
 def _pixels_of_numbers(key: str, image: Any) -> Any:
@@ -224,7 +226,7 @@ def _to_pixels(key: str, image: Any) -> Any:
     import numpy as np  # imported late: a script that passes an array has NumPy
 
     try:
-        array = np.ma.filled(image, 0) if isinstance(image, np.ma.MaskedArray) else array_of(image)
+        array = np.ma.filled(array_of(image), 0)
     except Exception as e:
         raise RecordError(f"log_image({key!r}): cannot make an array of {type(image).__name__}: {e}") from e
     array = _with_channels_last(key, array)

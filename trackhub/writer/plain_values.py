@@ -178,18 +178,25 @@ def _names_of_fields(value: Any) -> tuple[str, ...]:
 def array_of(value: Any) -> Any:
     """Return an array of numpy with the values of an array or tensor of any library, or of a list of these.
 
+    A masked array stays one, also in a list: the caller decides what takes the place of the masked values.
+
     Raises:
         Exception: whatever the value raises.
     """
     import numpy as np  # imported late: a script that passes an array has NumPy
 
-    if hasattr(value, "detach"):  # torch
+    # Not by the name of the method alone: ``detach`` of an open file takes the file away from the script.
+    if _is_tensor(value):
         value = value.detach()
         value = value.dequantize() if value.is_quantized else value.to_dense()  # a dense tensor stays as it is
         try:
             return value.numpy(force=True)
         except TypeError:  # NumPy has no bfloat16 and no float8
             return value.float().numpy(force=True)
+    if isinstance(value, np.ma.MaskedArray):
+        return value
+    if isinstance(value, list | tuple) and any(isinstance(item, np.ma.MaskedArray) for item in value):
+        return np.ma.array([array_of(item) for item in value])
     try:
         return np.asarray(value)
     except Exception as e:
@@ -197,6 +204,11 @@ def array_of(value: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise
         return np.asarray([array_of(item) for item in value])  # such as losses on a GPU, or with a gradient
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")  # without it, there is none
+    return torch is not None and isinstance(value, getattr(torch, "Tensor", ()))
 
 
 def plain_number(what: str, key: Any, value: Any) -> float:
@@ -262,11 +274,12 @@ def plain_param(what: str, path: str, value: Any, depth: int = 0) -> Any:
     if _is_masked(value):
         return math.nan
     if (fields := as_mapping(value, has_fields=True)) is not None:
-        inner = {}
+        inner: dict[str, Any] = {}
         for key in itertools.islice(fields, _count(what, path, fields)):
             name = key_text(key, is_inner=True)
             if problem := key_problem(name):
                 raise RecordError(f"{what} {path!r}: key {shown(name)} {problem}")
+            require_new(name, inner)
             inner[name] = plain_param(what, f"{path}.{name}", fields[key], depth + 1)
         return inner
     items = _as_list(what, path, value)

@@ -333,7 +333,8 @@ def _count_values(key: str, values: Any, bins: Any, bad: BadValues) -> tuple[lis
     import numpy as np  # imported late: the rest of the writer works without NumPy
 
     try:
-        array = values.compressed() if isinstance(values, np.ma.MaskedArray) else array_of(values)
+        array = array_of(values)
+        array = array.compressed() if isinstance(array, np.ma.MaskedArray) else array
         if not holds_numbers(array):
             raise TypeError(f"the values are of the type {array.dtype}")
         array = array.astype(np.float64).ravel()

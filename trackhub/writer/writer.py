@@ -271,7 +271,8 @@ class Writer(FigureAndModelCalls):
             key: the table's key.
             columns: the names of the columns, or the whole table. A whole table is a DataFrame of pandas or polars, a
                 mapping of column to values, or a list of mappings. The values of a column may be a mapping of label to
-                cell. These labels, or an index of pandas, become the first columns, unless they only number the rows.
+                cell, or a Series of pandas. These labels, or an index of pandas, become the first columns, unless they
+                are only the numbers 0, 1, 2, ... of the rows, and have no name.
             rows: each a sequence of cells, one per column, or a mapping of column to cell; or a whole table, of which
                 ``columns`` are chosen. A cell is None, bool, int, float or str; other values become text, and None
                 takes the place of one that cannot be stored. None if ``columns`` is the whole table.
