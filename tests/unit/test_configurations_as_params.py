@@ -84,8 +84,8 @@ def test_a_data_set_among_params_is_not_read_whole(writer: Writer, caplog: pytes
     writer.log_params({"small": Endless(2), "large": Endless(10**12), "range": [range(10**12)], "lr": 0.1})
 
     assert payloads(writer) == [Params({"small": [7, 7], "lr": 0.1})]
-    assert "param 'large': it has 1000000000000 values; expected at most 100000" in caplog.text
-    assert "param 'range[0]': it has 1000000000000 values" in caplog.text
+    assert "param 'large': more than 100,000 values" in caplog.text
+    assert "param 'range': more than 100,000 values" in caplog.text
 
 
 def test_a_dataclass_with_a_field_that_is_not_set_keeps_its_others(writer: Writer) -> None:
@@ -162,7 +162,7 @@ def test_a_part_that_many_others_share_ends_a_call_soon(writer: Writer, caplog: 
     found = {key for part in payloads(writer) if isinstance(part, Params) for key in part.values}
     assert "lr" in found
     assert 10_000 < len(found) < 100_000
-    assert "the nested mappings of one call have more than 100,000 values" in caplog.text
+    assert "the nested mappings of one call: more than 100,000 values" in caplog.text
 
 
 def test_a_part_that_comes_twice_is_logged_twice(writer: Writer) -> None:

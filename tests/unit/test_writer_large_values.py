@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import itertools
 import math
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from tests.unit.readers_and_bad_backends import new_spool
 from tests.unit.test_writer_bad_values import count_of, payloads
 from trackhub.errors import RecordError
 from trackhub.records import Histogram, Image, Params, Summary, Tags
+from trackhub.writer.adapters import SummaryWriter, WandBWriter
+from trackhub.writer.plain_values import shown
 from trackhub.writer.writer import Writer
 
 torch = pytest.importorskip("torch")
@@ -159,3 +163,86 @@ def test_an_image_takes_no_caption_and_an_open_file(writer: Writer, tmp_path: Pa
         log("i", opened)
     log("i", np.zeros((2, 3)), caption=None)
     assert [(p.width, p.height, p.caption) for p in payloads(writer) if isinstance(p, Image)] == [(3, 2, "")] * 3
+
+
+class Dataset(Sequence[Any]):
+    """A million samples, each of which takes long to load."""
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError("a sample was loaded")
+
+
+def shared(levels: int) -> list[Any]:
+    """Return lists of ten: ten to the power of ``levels`` values, in as many objects as there are levels."""
+    values: list[Any] = [0.5] * 10
+    for _ in range(levels - 1):
+        values = [values] * 10
+    return values
+
+
+ENDLESS: dict[str, Callable[[Any], Any]] = {
+    "a range": lambda w: w.log_params({"indices": range(10**12)}),
+    "a set": lambda w: w.log_params({"indices": set(range(200_000))}),
+    "a data set": lambda w: w.log_params({"data": Dataset()}),
+    "shared lists": lambda w: w.log_params({"net": shared(15)}),
+    "a data set as a tag": lambda w: w.set_tags({"data": Dataset()}),
+    "rows": lambda w: w.log_table("t", ["a"], ([i] for i in itertools.count())),
+    "rows without cells": lambda w: w.log_table("t", [], ([] for _ in itertools.count())),
+    "cells": lambda w: w.log_table("t", ["a"], [itertools.count()]),
+    "a column": lambda w: w.log_table("t", {"a": itertools.count()}),
+    "column names": lambda w: w.log_table("t", itertools.count(), [[1]]),
+    "a data set as a table": lambda w: w.log_table("t", Dataset()),
+    "a data set in a cell": lambda w: w.log_table("t", ["a"], [[Dataset()]]),
+    "edges": lambda w: w.log_histogram("h", edges=itertools.count(), counts=[1]),
+    "counts": lambda w: w.log_histogram("h", edges=[0, 1], counts=itertools.repeat(1)),
+    "images": lambda w: w.log_images("i", itertools.repeat(np.ones((2, 2)))),
+    "images of a grid": lambda w: w.log_images("i", itertools.repeat(np.ones((2, 2))), columns=2),
+    "captions": lambda w: w.log_images("i", [np.ones((2, 2))], captions=itertools.repeat("")),
+    "buckets": lambda w: SummaryWriter(writer=w).add_histogram_raw("h", 0, 1, 1, 1, 1, itertools.count(), [1]),
+    "tags": lambda w: WandBWriter(writer=w, tags=itertools.count()),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_what_is_a_data_set_or_has_no_end_is_not_read_to_its_end(tmp_path: Path, what: str) -> None:
+    with pytest.raises(RecordError, match=r"more than 1\d*,000 .*; log a file of them with log_artifact"):
+        ENDLESS[what](Writer(new_spool(tmp_path / "spool"), strict=True))
+
+
+REPRS: list[Any] = [
+    [], [1, "a"], (), (1,), (1, 2), {}, {"a": [1]}, set(), {1}, frozenset({1}), b"x", "it's", 1.5, None, [[[[1]]]],
+    collections.deque([1]), "x" * 80,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", REPRS, ids=repr)
+def test_a_message_shows_a_short_value_as_python_does(value: Any) -> None:
+    assert shown(value) == repr(value) or len(repr(value)) > 80
+
+
+LARGE: dict[str, Callable[[], Any]] = {
+    "bytes": lambda: b"x" * 10_000_000,
+    "a text": lambda: "x" * 10_000_000,
+    "a list": lambda: [1.5] * 1_000_000,
+    "a list in a tuple": lambda: ([1.5] * 1_000_000,),
+    "a dict": lambda: dict.fromkeys(range(100_000)),
+    "a set": lambda: set(range(100_000)),
+    "an ordered dict": lambda: collections.OrderedDict.fromkeys(range(100_000)),
+    "shared lists": lambda: shared(15),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_a_message_makes_no_text_of_the_end_of_a_large_value(what: str) -> None:
+    value = LARGE[what]()
+    tracemalloc.start()
+    try:
+        text = shown(value)
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (len(text), text[-3:]) == (83, "...")
+    assert most_bytes < 100_000

@@ -23,6 +23,7 @@ from trackhub.errors import RecordError
 from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.writer import convert_figures_and_tables
 from trackhub.writer.adapter_base import AdapterBase, first_given
+from trackhub.writer.bounded_reading import Budget
 from trackhub.writer.count_wrong_calls import with_counted_calls
 from trackhub.writer.plain_values import as_mapping, shown
 from trackhub.writer.read_artifact import read_artifact
@@ -123,7 +124,7 @@ class WandBWriter(AdapterBase):
             self._log_converted(
                 "tags",
                 "tags",
-                lambda: dict.fromkeys([tags] if isinstance(tags, str) else tags, "true"),
+                lambda: dict.fromkeys([tags] if isinstance(tags, str) else Budget("tags").each(tags), "true"),
                 self.writer.set_tags,
             )
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trackhub.signal_handler_errors import raise_if_from_signal_handler
+from trackhub.writer.bounded_reading import Budget
 from trackhub.writer.plain_values import array_of
 
 __all__ = [
@@ -122,9 +123,9 @@ def histogram_of_buckets(
         limits: the right limit of each bucket.
         counts: how many values are in each bucket.
     """
-    rights = [float(limit) for limit in limits]
+    rights = [float(limit) for limit in Budget("the buckets").each(limits)]
     first = float(low) if low < rights[0] else math.nextafter(rights[0], -math.inf)
-    return [first, *rights], [float(count) for count in counts]
+    return [first, *rights], [float(count) for count in Budget("the buckets").each(counts)]
 
 
 def pr_curve(
@@ -168,7 +169,11 @@ def table_of(data: Any) -> tuple[list[str], Iterable[Sequence[Any]]]:
         return list(map(str, data.columns)), data.iter_rows()
     if hasattr(data, "itertuples"):
         return _table_of_pandas(data)
-    if isinstance(data, Sequence) and data and all(isinstance(row, Mapping) for row in data):
+    if (
+        isinstance(data, Sequence)
+        and data
+        and all(isinstance(row, Mapping) for row in Budget("the table", unit="rows").each(data))
+    ):
         names = list(dict.fromkeys(name for row in data for name in row))
         return list(map(str, names)), [[row.get(name) for name in names] for row in data]
     if isinstance(data, str | bytes) or not hasattr(data, "__getitem__") or not hasattr(data, "keys"):
@@ -291,4 +296,4 @@ def _cells(column: Any, own: list[Any] | None, labels: list[Any] | None) -> list
     is_single = (
         isinstance(column, str | bytes) or not hasattr(column, "__iter__") or getattr(column, "shape", None) == ()
     )
-    return None if is_single else list(column)
+    return None if is_single else list(Budget("a column").each(column))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from trackhub.errors import RecordError
 from trackhub.records import MAX_CAPTION_CHARS
 from trackhub.writer.bad_values import BadValues
+from trackhub.writer.bounded_reading import Budget
 from trackhub.writer.convert_figures_and_tables import figure_png
 from trackhub.writer.count_wrong_calls import with_counted_calls
 from trackhub.writer.plain_values import key_text, shown
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["FigureAndModelCalls"]
 
 _DRAWING_S = 10.0
+_MAX_IMAGES = 10_000  # in one call
 _can_draw_plotly: bool | None = None  # None until the first figure. A failure takes seconds, so it is tried once.
 
 
@@ -89,7 +91,8 @@ class FigureAndModelCalls:
         if self._spool is None:
             return
         with self._counting_errors("log_images", key):
-            each, texts = list(images), list(() if captions is None else captions)
+            each = list(Budget(f"log_images({shown(key)})", _MAX_IMAGES, "images").each(images))
+            texts = list(Budget(f"captions of {shown(key)}").each(() if captions is None else captions))
             if not each:
                 raise RecordError(f"log_images({shown(key)}): there is no image; expected one or more")
             if columns is not None:

@@ -7,13 +7,13 @@ if objects refer to each other or are shared: then there are far more paths to t
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trackhub.errors import RecordError
 from trackhub.records import MAX_DEPTH, MAX_VALUES_OF_RECORD
 from trackhub.writer.bad_values import BadValues, WrongCallError
+from trackhub.writer.bounded_reading import Budget
 from trackhub.writer.plain_values import as_mapping, key_text, shown
 
 __all__ = ["pairs_of"]
@@ -34,18 +34,14 @@ def pairs_of(
         has_fields: whether an object with fields counts as a mapping.
 
     Raises:
-        WrongCallError: ``values`` is not a mapping, or has more than a million keys.
+        WrongCallError: ``values`` is not a mapping.
+        RecordError: it has more than a million keys.
     """
     fields = as_mapping(values, has_fields=has_fields)
     if fields is None:
         name = type(values).__name__
         raise WrongCallError(f"{method}: expected a mapping of key to value, got {name}: {shown(values)}")
-    keys = list(itertools.islice(fields, _MAX_KEYS + 1))
-    if len(keys) > _MAX_KEYS:
-        raise WrongCallError(
-            f"{method}: the mapping has more than {_MAX_KEYS:,} keys; expected fewer. Log a file of them with "
-            "log_artifact"
-        )
+    keys = list(Budget(method, _MAX_KEYS, "keys").each(fields))
     depth = 0 if is_nested else MAX_DEPTH + 1  # a walk looks into nothing that is deeper than MAX_DEPTH
     yield from _Walk(values, bad, has_fields=has_fields).pairs("", keys, fields, depth)
 
@@ -57,7 +53,7 @@ class _Walk:
         self._bad = bad
         self._has_fields = has_fields
         self._enclosing = {id(outermost)}  # the values that enclose the place where the walk is
-        self._left = MAX_VALUES_OF_RECORD  # how many values of nested mappings it may still read
+        self._budget = Budget("the nested mappings of one call", MAX_VALUES_OF_RECORD)
 
     def pairs(self, prefix: str, keys: list[Any], fields: Mapping[Any, Any], depth: int) -> Iterator[tuple[Any, Any]]:
         for key in keys:
@@ -89,11 +85,4 @@ class _Walk:
             raise RecordError(f"{shown(path)} is an object that contains it, such as a parent; leave it out")
         if depth == MAX_DEPTH:
             raise RecordError(f"{shown(path)} is nested more than {MAX_DEPTH} deep; flatten it first")
-        keys = list(itertools.islice(inner, self._left + 1))
-        if len(keys) > self._left:
-            raise RecordError(
-                f"{shown(path)}: the nested mappings of one call have more than {MAX_VALUES_OF_RECORD:,} values, also "
-                "since one that comes twice counts twice; log a file of them with log_artifact"
-            )
-        self._left -= len(keys)
-        return keys
+        return list(self._budget.each(inner))

@@ -8,20 +8,21 @@ begins with the argument ``what``, or with "key".
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import enum
-import itertools
 import math
 import os
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trackhub.errors import RecordError
-from trackhub.records import MAX_DEPTH, MAX_VALUES_OF_RECORD, key_problem
+from trackhub.records import MAX_DEPTH, key_problem
 from trackhub.signal_handler_errors import raise_if_from_signal_handler
+from trackhub.writer.bounded_reading import Budget
 
 __all__ = [
     "array_of",
@@ -42,6 +43,17 @@ _NUMBERS = ("", "b", "i", "u", "f", "O")  # kinds of numpy: none, bools, ints, f
 _FIRST_ADDED_TYPE = 256  # numpy numbers the types that other libraries add from here on (NPY_USERDEF)
 _MISSING = ("NAType", "NaTType")  # the types of pandas' NA and NaT. The null of polars is None already
 _SHOWN_CHARS = 80
+_BRACKETS: dict[type, tuple[str, str]] = {
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    dict: ("{", "}"),
+    set: ("{", "}"),
+    frozenset: ("frozenset({", "})"),
+    collections.deque: ("deque([", "])"),
+    collections.OrderedDict: ("OrderedDict({", "})"),
+    collections.defaultdict: ("defaultdict({", "})"),
+    collections.Counter: ("Counter({", "})"),
+}
 _FIELDS = ("__struct_fields__", "_fields", "model_fields", "__fields__")
 """The attributes in which classes list their fields: msgspec, named tuples, pydantic 2 and 1."""
 
@@ -69,11 +81,34 @@ def plain_text(what: str, key: Any, text: str) -> str:
 def shown(value: Any) -> str:
     """Return the beginning of a value's ``repr`` for a message. Raises only what a signal handler raises."""
     try:
-        text = repr(value)
-        return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
+        text = ""
+        for piece in _pieces_of_repr(value):
+            text += piece
+            if len(text) > _SHOWN_CHARS:
+                return f"{text[:_SHOWN_CHARS]}..."
+        return text
     except Exception as e:  # noqa: BLE001  # a foreign class may raise anything; an int of 5000 digits raises ValueError
         raise_if_from_signal_handler(e)
         return f"<{type(value).__name__} without a repr: {type(e).__name__}>"
+
+
+def _pieces_of_repr(value: Any) -> Iterator[str]:
+    """Yield the ``repr`` of a value in pieces, so that the end of a long text or list is not made."""
+    if isinstance(value, str | bytes | bytearray) and len(value) > _SHOWN_CHARS:
+        yield repr(value[: _SHOWN_CHARS + 1])
+        return
+    begin, end = _BRACKETS.get(type(value), ("", ""))
+    if not begin or not value:
+        yield repr(value)
+        return
+    yield begin
+    for i, item in enumerate(value):
+        yield ", " if i else ""
+        yield from _pieces_of_repr(item)
+        if isinstance(value, dict):
+            yield ": "
+            yield from _pieces_of_repr(value[item])
+    yield ",)" if type(value) is tuple and len(value) == 1 else end
 
 
 def shown_error(error: BaseException, max_chars: int = _SHOWN_CHARS) -> str:
@@ -243,7 +278,7 @@ def _to_float(what: str, key: Any, value: Any) -> float:
         raise RecordError(f"{what} {key!r}: {shown(value)} is too large for a float64") from e
 
 
-def plain_param(what: str, path: str, value: Any, depth: int = 0) -> Any:
+def plain_param(what: str, path: str, value: Any, depth: int = 0, budget: Budget | None = None) -> Any:
     """Return a plain value: None, bool, int, float, str, or lists and dicts of these. Anything else becomes text.
 
     Args:
@@ -251,6 +286,7 @@ def plain_param(what: str, path: str, value: Any, depth: int = 0) -> Any:
         path: where the value is, for the message.
         value: any value.
         depth: how many lists and dicts enclose the value.
+        budget: how many values may still be read; None for as many as a record may have.
 
     Raises:
         RecordError: the value is nested too deep, has too many values, a text that cannot be encoded, or an invalid
@@ -273,53 +309,39 @@ def plain_param(what: str, path: str, value: Any, depth: int = 0) -> Any:
         return f"{value.__module__}.{value.__qualname__}"
     if _is_masked(value):
         return math.nan
+    budget = Budget(f"{what} {path!r}") if budget is None else budget
     if (fields := as_mapping(value, has_fields=True)) is not None:
         inner: dict[str, Any] = {}
-        for key in itertools.islice(fields, _count(what, path, fields)):
+        for key in budget.each(fields):
             name = key_text(key, is_inner=True)
             if problem := key_problem(name):
                 raise RecordError(f"{what} {path!r}: key {shown(name)} {problem}")
             require_new(name, inner)
-            inner[name] = plain_param(what, f"{path}.{name}", fields[key], depth + 1)
+            inner[name] = plain_param(what, f"{path}.{name}", fields[key], depth + 1, budget)
         return inner
-    items = _as_list(what, path, value)
+    items = _as_list(value, budget)
     if items is not None:
-        return [plain_param(what, f"{path}[{i}]", item, depth + 1) for i, item in enumerate(items)]
-    return _other_param(what, path, value, depth)
+        return [plain_param(what, f"{path}[{i}]", item, depth + 1, budget) for i, item in enumerate(items)]
+    return _other_param(what, path, value, depth, budget)
 
 
-def _count(what: str, path: str, values: Sized) -> int:
-    """Return how many values there are. Ask before they are read: they may be those of a data set.
-
-    Raises:
-        RecordError: there are more than a record may have.
-    """
-    if (count := len(values)) > MAX_VALUES_OF_RECORD:
-        raise RecordError(
-            f"{what} {path!r}: it has {count} values; expected at most {MAX_VALUES_OF_RECORD}; log a file of them with "
-            "log_artifact"
-        )
-    return count
-
-
-def _as_list(what: str, path: str, value: Any) -> list[Any] | None:
+def _as_list(value: Any, budget: Budget) -> list[Any] | None:
     """Return a sequence, a set, or an array of at most `_MAX_ITEMS` elements as a list; None for anything else."""
     if isinstance(value, set | frozenset):
-        return sorted(value, key=str)
+        return sorted(budget.each(value), key=str)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        # Without the limit, a sequence whose `__getitem__` never raises IndexError would have no end.
-        return list(itertools.islice(value, _count(what, path, value)))
+        return list(budget.each(value))
     if getattr(value, "shape", ()) and hasattr(value, "tolist") and holds_numbers(value):
         size = math.prod(value.shape)
         return list(value.tolist()) if 1 < size <= _MAX_ITEMS or size == 0 else None
     return None
 
 
-def _other_param(what: str, path: str, value: Any, depth: int) -> Any:
+def _other_param(what: str, path: str, value: Any, depth: int, budget: Budget) -> Any:
     if hasattr(value, "item") and holds_numbers(value) and math.prod(getattr(value, "shape", ())) == 1:
         plain = value.item()
         if type(plain) is not type(value):
-            return plain_param(what, path, plain, depth + 1)
+            return plain_param(what, path, plain, depth + 1, budget)
         if hasattr(plain, "__float__"):
             return float(plain)  # such as numpy.longdouble
     return plain_text(what, path, str(value))

@@ -29,6 +29,7 @@ from trackhub.records import (
 )
 from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.writer.bad_values import BadValues, WrongCallError
+from trackhub.writer.bounded_reading import Budget
 from trackhub.writer.convert_figures_and_tables import chosen_columns, table_of
 from trackhub.writer.fit_into_records import parts_that_fit, value_problem
 from trackhub.writer.nested_mappings import pairs_of
@@ -211,8 +212,9 @@ def read_histogram(key: Any, values: Any, bins: Any, edges: Any, counts: Any, ba
     if values is not None:
         edges, counts = _count_values(key, values, bins, bad)
     try:
-        limits = [plain_number("histogram", key, edge) for edge in edges]
-        numbers = [plain_number("histogram", key, count) for count in counts]
+        budget = Budget(f"histogram {key!r}")
+        limits = [plain_number("histogram", key, edge) for edge in budget.each(edges)]
+        numbers = [plain_number("histogram", key, count) for count in budget.each(counts)]
     except TypeError as e:
         raise RecordError(f"histogram {key!r}: {e}; expected edges and counts to be lists of numbers") from e
     rising = all(a < b for a, b in itertools.pairwise(limits))
@@ -244,14 +246,15 @@ def read_table(key: Any, columns: Any, rows: Any, bad: BadValues) -> Table:
         if rows is None:
             columns, rows = table_of(columns)
         else:
-            columns = list(columns)
+            columns = list(Budget(f"table {key!r}").each(columns))
             rows = chosen_columns(columns, rows)
         names = [plain_text("table", key, name if isinstance(name, str) else str(name)) for name in columns]
-        for i, row in enumerate(rows):
+        budget = Budget(f"table {key!r}")
+        for i, row in enumerate(Budget(f"table {key!r}", unit="rows").each(rows)):
             what = f"row {i} of table"
             if isinstance(row, str | bytes):
                 raise TypeError(f"row {i} is a {type(row).__name__}")
-            cells = [_read_cell(what, key, cell, bad) for cell in row]
+            cells = [_read_cell(what, key, cell, bad) for cell in budget.each(row)]
             if len(cells) != len(names):
                 raise RecordError(f"{what} {key!r} has {len(cells)} cells; expected {len(names)}")
             table.append(cells)

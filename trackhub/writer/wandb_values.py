@@ -15,6 +15,7 @@ from typing import Any
 from trackhub.errors import SpoolError
 from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.writer.bad_values import BadValues
+from trackhub.writer.bounded_reading import Budget
 from trackhub.writer.convert_figures_and_tables import table_of
 from trackhub.writer.nested_mappings import pairs_of
 from trackhub.writer.plain_values import require_new
@@ -130,9 +131,13 @@ def _call_for_list(values: list[Any] | tuple[Any, ...]) -> _Call | None:
 
     None if there is no value, or if one of them is a text, a number or of an unknown type.
     """
-    calls = [None if isinstance(one, str) else _call_for(one) for one in values]
-    known = [call for call in calls if call is not None]
-    if not known or len(known) < len(calls):
+    known: list[_Call] = []
+    for one in values:
+        call = None if isinstance(one, str) else _call_for(one)
+        if call is None:  # asked one by one: a list of a million numbers takes seconds otherwise
+            return None
+        known.append(call)
+    if not known:
         return None
 
     def log_each(writer: Writer, key: str, step: Any) -> None:
@@ -171,8 +176,9 @@ def _log_table(writer: Writer, key: str, columns: Any, rows: Any, step: Any) -> 
         step: the step.
     """
     plain = []
-    for i, row in enumerate(rows):
-        cells = list(row)
+    budget = Budget(f"table {key!r}")
+    for i, row in enumerate(Budget(f"table {key!r}", unit="rows").each(rows)):
+        cells = list(budget.each(row))
         for j, cell in enumerate(cells):
             if _is_of_wandb(cell) and (call := _call_for(cell)) is not None:
                 cells[j] = f"{key}/{i}/{columns[j]}"

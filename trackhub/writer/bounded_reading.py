@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds how much of a foreign object a log call reads: it may be a whole data set, or have no end.
+
+The modules that read arguments of log calls use it wherever they iterate over something that training code passed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import TypeVar
+
+from trackhub.errors import RecordError
+from trackhub.records import MAX_VALUES_OF_RECORD
+
+__all__ = ["Budget"]
+
+_Item = TypeVar("_Item")
+
+
+class Budget:
+    """How many values may still be read for one record, or for one call.
+
+    One budget serves all parts of an object. So it also bounds an object that is shared, or that contains itself.
+    """
+
+    def __init__(self, what: str, most: int = MAX_VALUES_OF_RECORD, unit: str = "values") -> None:
+        """Begin with nothing read.
+
+        Args:
+            what: what is read, for the message.
+            most: how many values may be read.
+            unit: what the values are, for the message.
+        """
+        self._left = most
+        self._error = f"{what}: more than {most:,} {unit}; expected fewer; log a file of them with log_artifact"
+
+    def each(self, values: Iterable[_Item]) -> Iterator[_Item]:
+        """Yield the values. If there are more of them than may be read and they have a length, yield none.
+
+        Raises:
+            RecordError: there are more of them than may still be read.
+        """
+        if isinstance(values, Sized) and len(values) > self._left:
+            raise RecordError(self._error)
+        if isinstance(values, Sequence):  # its `__getitem__` may never raise IndexError
+            values = itertools.islice(values, len(values))
+        for value in values:
+            self._left -= 1
+            if self._left < 0:
+                raise RecordError(self._error)
+            yield value
