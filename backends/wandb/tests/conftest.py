@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image as PilImage
-from trackhub_wandb import WandBBackend, WandBOptions
+from trackhub_wandb import WandBBackend, WandBOptions, sdk_start_and_stop
 from trackhub_wandb.sdk_start_and_stop import abandon_runs, import_sdk
 
 from tests.support.wandb_emulator import Emulator
@@ -36,7 +36,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     singleton = import_sdk().sdk.wandb_setup._singleton
     if singleton is not None:
-        abandon_runs(list(singleton._active_runs))
+        abandon_runs([*singleton._active_runs, *(run for _, run in sdk_start_and_stop._opened)])
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from trackhub_wandb.naming import PARAM_RULE, TAG_RULE, row_rule, run_name, tag_
 from trackhub_wandb.offline import OfflineRun, is_uploaded, offline_folders
 from trackhub_wandb.online import OnlineRun
 from trackhub_wandb.options import WandBOptions
-from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, Login, import_sdk, stop_service
+from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, Login, import_sdk, own_settings, stop_service
 from trackhub_wandb.server_state import Server
 
 __all__ = ["WandBBackend"]
@@ -206,7 +206,8 @@ class WandBBackend(Backend[WandBOptions]):
         options, extra = self.options, self.options.settings
         # Read the environment and W&B's own settings files. `online` asks the server for a run by its full name before
         # the SDK opens the run, so entity and project must be known here.
-        found = import_sdk().sdk.wandb_setup.singleton().settings
+        with own_settings() as settings:
+            found = settings.model_copy()
         chosen: dict[str, Any] = {
             "project": options.project or extra.get("project") or found.project or _DEFAULT_PROJECT,
             "entity": options.entity or extra.get("entity") or found.entity,

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
 
 from trackhub.spi import ConfigError, TransientError, remember_secret
-from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, Login, exclusive_sdk, import_sdk
+from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, Login, exclusive_sdk, import_sdk, own_settings
 
 if TYPE_CHECKING:
     from trackhub_wandb.options import WandBOptions
@@ -52,17 +52,17 @@ def find_login(options: WandBOptions) -> Login | None:
         ConfigError: what was found cannot be a login, or the server's address is malformed.
     """
     wandb = import_sdk()
-    settings = wandb.sdk.wandb_setup.singleton().settings.model_copy()
     try:
-        if options.base_url is not None:
-            settings.base_url = options.base_url
-        host = wandb.sdk.lib.wbauth.HostUrl(settings.base_url)
-        if options.api_key:
-            auth = wandb.sdk.lib.wbauth.AuthApiKey(host=host, api_key=options.api_key)
-        else:
-            auth = wandb.sdk.lib.wbauth.authenticate_session(
-                host=host, source="trackhub", prompt=False, update_session=False
-            )
+        with own_settings() as settings:
+            if options.base_url is not None:
+                settings.base_url = options.base_url
+            host = wandb.sdk.lib.wbauth.HostUrl(settings.base_url)
+            if options.api_key:
+                auth = wandb.sdk.lib.wbauth.AuthApiKey(host=host, api_key=options.api_key)
+            else:
+                auth = wandb.sdk.lib.wbauth.authenticate_session(
+                    host=host, source="trackhub", prompt=False, update_session=False
+                )
     except (ValueError, wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
         raise ConfigError(f"backend wandb: on {socket.gethostname()}: {error}. {_how_to_log_in(options)}") from error
     if auth is None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trackhub.spi import BackendRun, Confirmation, RunStatus, TransientError, WriteReport
+from trackhub.spi import BackendRun, Confirmation, PermanentError, RunStatus, TransientError, WriteReport
 from trackhub_wandb.naming import CONFIG_ENTRY
 from trackhub_wandb.sdk_run import SdkRun, first_config, link_or_copy
 from trackhub_wandb.sdk_start_and_stop import abandon_runs, open_sdk_run, stop_service
@@ -110,6 +110,7 @@ class OfflineRun(BackendRun):
             run_folder: the job's run folder, in which a person runs ``wandb sync``.
 
         Raises:
+            PermanentError: the SDK opened another run.
             TransientError: the SDK's service cannot be started, the folder cannot be written, or an uploaded folder of
                 the run cannot be read.
         """
@@ -133,6 +134,8 @@ class OfflineRun(BackendRun):
             self._run = SdkRun(run, info, options, settings.get("run_tags") or (), self._keep_files)
             if uploaded:
                 self._go_on_after(first_row, last)
+        except PermanentError:
+            raise
         except Exception as error:
             if run is not None:  # the SDK would refuse to open it again
                 abandon_runs([run])

@@ -238,6 +238,8 @@ class OnlineRun(BackendRun):
         }
         try:
             opened = open_sdk_run(settings, self._server.login, None if state else first_config(self._info))
+        except PermanentError:
+            raise
         except wandb.errors.UsageError as error:
             raise PermanentError(f"W&B refuses the run of {site}: {error}") from error
         except Exception as error:

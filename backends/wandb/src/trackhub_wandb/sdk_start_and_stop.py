@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts and stops the W&B SDK and its service: imports it late, starts it once per process, and limits every wait.
 
-Only this module of the backend changes the process-wide state of the SDK.
+Only this module of the backend changes the process-wide state of the SDK. A script in the same process may use the SDK
+itself. It must not get a run of this backend, and its sweep, its launch and its environment are not for such runs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trackhub.spi import PermanentError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from types import ModuleType
@@ -30,6 +33,7 @@ __all__ = [
     "exclusive_sdk",
     "import_sdk",
     "open_sdk_run",
+    "own_settings",
     "remove_from_config",
     "remove_links",
     "service_is_lost",
@@ -41,6 +45,9 @@ _log = logging.getLogger(__name__)
 # A process has one service of the SDK. Without the lock, one backend would stop it while another starts it.
 _lock = threading.RLock()
 _import_lock = threading.Lock()
+
+_opened: list[tuple[Any, Run]] = []
+"""The runs that `open_sdk_run` opened, each with the SDK's singleton that has it. Ended ones are taken out later."""
 
 _SERVICE_VARIABLE = "WANDB_SERVICE"
 _ERROR_REPORTING_VARIABLE = "WANDB_ERROR_REPORTING"
@@ -62,6 +69,8 @@ QUIET_SETTINGS: dict[str, Any] = {
     "x_disable_meta": True,
     "x_disable_stats": True,
     "x_save_requirements": False,
+    # On SageMaker, the SDK would replace the run's id, and put the training job's configuration into the run.
+    "sagemaker_disable": True,
     # Links have absolute targets, which break when a job's folder is archived and moved.
     "symlink": False,
     "use_dot_wandb": False,
@@ -77,6 +86,15 @@ QUIET_SETTINGS: dict[str, Any] = {
     "x_graphql_timeout_seconds": _HTTP_TIMEOUT_S,
 }
 """Settings of every run, whatever its mode."""
+
+_OF_THE_SCRIPT = (
+    *("sweep_id", "sweep_param_path", "launch", "launch_config_path", "x_runqueue_item_id"),
+    *("run_id", "run_name", "resume", "resume_from", "fork_from"),
+    *("x_label", "x_primary", "x_update_finish_state", "x_server_side_derived_summary"),
+    *("x_files_dir", "x_sync_dir_suffix", "x_skip_transaction_log", "x_sync", "x_cli_only_mode"),
+)
+"""Settings that the environment has for the script's own run. In a sweep, for example, the SDK would ignore our run's
+id and project, and each opening would make another run."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +141,11 @@ def import_sdk() -> ModuleType:
 
 @contextlib.contextmanager
 def exclusive_sdk() -> Iterator[ModuleType]:
-    """Yield the SDK with its service running, while no other backend of this process starts or stops it."""
-    with _lock:
+    """Yield the SDK with its service running, while no other backend of this process starts or stops it.
+
+    Meanwhile the SDK has the settings of `own_settings`.
+    """
+    with own_settings():
         wandb = import_sdk()
         singleton = wandb.sdk.wandb_setup.singleton()
         if singleton._connection is None:
@@ -136,6 +157,26 @@ def exclusive_sdk() -> Iterator[ModuleType]:
         yield wandb
 
 
+@contextlib.contextmanager
+def own_settings() -> Iterator[Any]:
+    """Give the SDK settings for this backend, yield them, and give it back those of the script.
+
+    They come from the environment, W&B's settings files and ``wandb.setup``, without what is for the script's own run.
+    The SDK loads its settings once, and ignores what the script sets in the environment afterwards. So if the script
+    has not used the SDK yet, none are left loaded.
+    """
+    with _lock:
+        singleton = import_sdk().sdk.wandb_setup.singleton()
+        held, environ = singleton.settings_if_loaded, singleton._settings_environ
+        try:
+            fields = type(singleton.settings).model_fields
+            left_out = {name: fields[name].default for name in _OF_THE_SCRIPT if name in fields}
+            singleton._settings = singleton.settings.model_copy(update=left_out)
+            yield singleton.settings
+        finally:
+            singleton._settings, singleton._settings_environ = held, environ
+
+
 def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: dict[str, Any] | None = None) -> Run:
     """Open a W&B run beside any others of this process.
 
@@ -145,6 +186,7 @@ def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: d
         config: the first entries of a new run's config.
 
     Raises:
+        PermanentError: the SDK opened a run with another id.
         Exception: ``wandb.init`` failed, mostly with a ``wandb.errors.Error``.
     """
     with exclusive_sdk() as wandb:
@@ -153,12 +195,22 @@ def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: d
             settings = {**settings, "base_url": login.base_url}
         try:
             run: Run = wandb.init(config=config, settings=wandb.Settings(**settings))
+            # Otherwise a script's own `wandb.init` would return this run, or end it, depending on its `reinit`.
+            singleton = wandb.sdk.wandb_setup.singleton()
+            singleton.remove_active_run(run)
+            _opened.append((singleton, run))
             _keep_from_others(Path(run.settings.sync_dir))
         except BaseException:
             _forget_unopened(wandb, settings["run_id"])
             raise
         finally:
             remove_links(settings["root_dir"], settings["run_id"])
+        if run.id != settings["run_id"]:
+            abandon_runs([run])
+            raise PermanentError(
+                f"the W&B SDK opened the run {run.id} instead of {settings['run_id']}: see which WANDB_ variables "
+                "are set for the receiver, and unset those that choose a run"
+            )
         return run
 
 
@@ -210,7 +262,7 @@ def stop_service(timeout_s: float) -> None:
     """
     with _lock:
         singleton = _own_singleton()
-        if singleton is not None and not singleton._active_runs:
+        if singleton is not None and not _has_open_runs(singleton):
             _end_service(singleton, timeout_s)
 
 
@@ -230,11 +282,17 @@ def abandon_runs(runs: Iterable[Run]) -> None:
             if run._run_status_checker is not None:
                 run._run_status_checker.stop()
                 checkers.append(run._run_status_checker)
-        if singleton._active_runs and not service_is_lost():
+        if _has_open_runs(singleton) and not service_is_lost():
             return
         if process := _service_process(singleton):
             process.kill()
         _end_service(singleton, _KILLED_WITHIN_S, checkers)
+
+
+def _has_open_runs(singleton: Any) -> bool:
+    """Return whether this process has an open run: one of this backend, or one of the script's own."""
+    _opened[:] = [(of, run) for of, run in _opened if of is singleton and not run._is_finished]
+    return bool(_opened or singleton._active_runs)
 
 
 def _use_login(wandb: ModuleType, login: Login) -> None:
