@@ -17,8 +17,9 @@ from functools import partial
 __all__ = ["FORK_LOCK", "do_in_child"]
 
 FORK_LOCK = threading.RLock()
-"""Held while a file is opened, locked and noted. Another thread that forks waits for it. Otherwise the child would
-inherit a locked file that it does not know of, and would keep it locked. A signal handler that interrupts the holder
+"""Held while a file is opened, locked and noted, and while Pillow is imported. Another thread that forks waits for it.
+Otherwise the child would inherit a locked file that it does not know of, and would keep it locked. Or it would inherit
+a half imported Pillow, and wait for ever for the thread that imports it. A signal handler that interrupts the holder
 may fork."""
 
 _in_child: list[Callable[[], object]] = []

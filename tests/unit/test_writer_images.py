@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import tempfile
+import textwrap
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +196,80 @@ def test_no_method_of_an_object_is_called_because_of_its_name_alone() -> None:
             raise AssertionError
 
     assert array_of(Stream()).shape == ()
+
+
+def sparse_file(path: Path, begin: bytes) -> Path:
+    """Return a file of 8 GiB that takes no disk."""
+    with open(path, "wb") as file:
+        file.write(begin)
+        file.truncate(8 << 30)
+    return path
+
+
+@pytest.mark.parametrize("begin", [b"\0\0\0\x1cftypisom", as_file(GREY, "PNG")], ids=["a video", "a PNG file"])
+@pytest.mark.parametrize("as_open_file", [False, True], ids=["a path", "an open file"])
+def test_a_file_that_is_too_large_for_an_image_is_not_read_whole(
+    tmp_path: Path, begin: bytes, as_open_file: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trackhub.writer.images._MAX_OPEN_FILE_BYTES", 4 << 20)
+    path = sparse_file(tmp_path / "large", begin)
+    tracemalloc.start()
+    try:
+        with open(path, "rb") as file, pytest.raises(RecordError, match="log_image"):
+            stored(tmp_path, file if as_open_file else path)
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 32 << 20
+
+
+def test_a_fifo_is_no_image_and_blocks_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(RecordError, match=r"cannot read .* as an image"):
+        stored(tmp_path, tmp_path / "fifo")
+
+
+def test_a_path_that_is_a_link_leads_to_its_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(as_file(GREY, "PNG"))
+    (tmp_path / "latest.png").symlink_to("a.png")
+    np.testing.assert_array_equal(stored(tmp_path, str(tmp_path / "latest.png")), GREY)
+
+
+def test_a_grid_that_one_large_image_would_make_huge_is_refused(tmp_path: Path) -> None:
+    writer = Writer(new_spool(tmp_path / "spool"), strict=True)
+    with pytest.raises(RecordError, match=r"each of 200 cells is as large as the largest image; expected at most"):
+        writer.log_images("grid", [np.zeros((2000, 2000), np.uint8), *[GREY] * 199], columns=20)
+
+
+def test_a_child_forked_while_another_thread_imports_pillow_can_log_images(tmp_path: Path) -> None:
+    code = """
+        import os, signal, sys, threading
+        import numpy as np
+        from trackhub.writer import Writer
+
+        importing = threading.Event()
+
+        class Slow:
+            def find_spec(self, name, path=None, target=None):
+                if name == "PIL.Image":
+                    importing.set()
+                    threading.Event().wait(0.3)  # the fork comes now, or waits until Pillow is imported
+
+        sys.meta_path.insert(0, Slow())
+        writer = Writer(sys.argv[1])
+        thread = threading.Thread(target=writer.log_image, args=("a", np.zeros((4, 4))))
+        thread.start()
+        importing.wait()
+        child = os.fork()
+        if not child:
+            signal.alarm(30)
+            writer.log_image("b", np.zeros((4, 4)))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        thread.join()
+        sys.exit(status)
+    """
+    spool = new_spool(tmp_path / "spool")
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(spool)], check=True, timeout=120)
+    found = [record.payload.key for records in read_spool(spool).values() for record in records]  # type: ignore[union-attr]
+    assert sorted(found) == ["a", "b"]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import operator
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from trackhub.errors import RecordError
+from trackhub.fork_without_signals import FORK_LOCK
 from trackhub.image_header import BadImageError, is_cmyk_jpeg, read_image_header
+from trackhub.open_without_links import open_plain
 from trackhub.records import MAX_CAPTION_CHARS, MAX_IMAGE_BYTES, Blob, Image
 from trackhub.spool.writing import NewBlob
 from trackhub.writer.bad_values import BadValues
@@ -31,7 +32,9 @@ _CHANNELS = (1, 2, 3, 4)
 _MAX_16_BITS = 65535
 _GRID_GAP = 2  # pixels between two images
 _ROUNDING = 0.001  # how far floats may lie outside 0..1; less than one of a pixel's 256 steps
-_pillow_lock = threading.Lock()
+_MAX_GRID_PIXELS = 100_000_000  # 400 MB of memory, and seconds to encode
+_MAX_OPEN_FILE_BYTES = 256 << 20  # of an open file, which is read into memory. Pillow reads a path in parts.
+_pillow: Any = None  # the module ``PIL.Image``, once it is imported
 
 
 class _EncodedImage(NamedTuple):
@@ -67,11 +70,7 @@ def read_image(key: Any, image: Any, caption: Any) -> NewBlob:
             "Log a long text with log_text"
         )
     data, media_type, width, height = _encode_image(key, image)
-    if len(data) > MAX_IMAGE_BYTES:
-        raise RecordError(
-            f"log_image({key!r}): the image file has {len(data):,} bytes; expected at most {MAX_IMAGE_BYTES:,}. Log a "
-            "smaller version, or the file with log_artifact"
-        )
+    _require_size(key, len(data))
     digest = hashlib.sha256(data).hexdigest()
 
     def write(path: Path) -> None:
@@ -95,21 +94,29 @@ def grid_of(key: str, images: Sequence[Any], columns: int, bad: BadValues) -> An
         bad: gets the images that are not accepted.
 
     Raises:
-        RecordError: no image is accepted, or Pillow is not installed.
+        RecordError: no image is accepted, the grid would be too large, or Pillow is not installed.
     """
     pil = _load_pillow(key)
     columns = min(max(1, operator.index(columns)), len(images))
+    rows = -(-len(images) // columns)
     cells: list[Any] = []
+    width = height = 0  # of a cell
     for i, image in enumerate(images):
         try:
             cells.append(_cell_of(key, pil, image))
         except Exception as e:  # noqa: BLE001  # a foreign image may raise anything
             bad.add("image", f"{key}/{i}", e)
             cells.append(None)
+            continue
+        width, height = max(width, cells[-1].width + _GRID_GAP), max(height, cells[-1].height + _GRID_GAP)
+        if columns * width * rows * height > _MAX_GRID_PIXELS:  # before the other images take memory
+            raise RecordError(
+                f"log_images({key!r}): the grid has at least {columns * width} x {rows * height} pixels, since each of "
+                f"{len(images)} cells is as large as the largest image; expected at most {_MAX_GRID_PIXELS:,}. Log "
+                "fewer or smaller images, or leave out columns"
+            )
     if not any(cells):
         raise bad.found[0][1]
-    width, height = (max(sizes) + _GRID_GAP for sizes in zip(*(cell.size for cell in cells if cell), strict=True))
-    rows = -(-len(cells) // columns)
     grid = pil.new("RGBA", (columns * width - _GRID_GAP, rows * height - _GRID_GAP))
     for i, cell in enumerate(cells):
         if cell:
@@ -161,33 +168,49 @@ def _encode_image(key: str, image: Any) -> _EncodedImage:
 
 def _load_pillow(key: str) -> Any:
     """Return the module ``PIL.Image``. The first call imports it, and all of Pillow's formats."""
+    global _pillow
+    if _pillow is not None:
+        return _pillow
     try:
-        with _pillow_lock:
+        with FORK_LOCK:
             from PIL import Image as pil  # imported late: only a script that logs images needs Pillow
 
             # Otherwise Pillow loads its formats with the first image. If two threads then open an image at the same
             # time, Pillow fails in one of them: it "cannot identify" a good image (Pillow 13.0).
             pil.init()
+            _pillow = pil
     except ImportError as e:
         raise RecordError(
             f"log_image({key!r}) needs Pillow to encode images; install it with: pip install 'flare-trackhub[images]' "
             "(in a clone: pip install -e '.[images]')"
         ) from e
-    return pil
+    return _pillow
+
+
+def _require_size(key: str, size_bytes: int) -> None:
+    if size_bytes > MAX_IMAGE_BYTES:
+        raise RecordError(
+            f"log_image({key!r}): the image file has {size_bytes:,} bytes; expected at most {MAX_IMAGE_BYTES:,}. Log a "
+            "smaller version, or the file with log_artifact"
+        )
 
 
 def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
     try:
-        data = _bytes_of(source)
-        try:
-            header = read_image_header(io.BytesIO(data))
-        except BadImageError:
-            header = None
-        # Other formats become PNG. A JPEG in CMYK becomes an RGB PNG, since many viewers do not show CMYK.
-        if header is not None and (header.media_type != "image/jpeg" or not is_cmyk_jpeg(io.BytesIO(data))):
-            return _EncodedImage(data, *header)
-        with pil.open(io.BytesIO(data)) as image:
-            return _encode_image(key, image)
+        with _opened(key, source) as file:
+            try:
+                header = read_image_header(file)
+            except BadImageError:
+                header = None
+            file.seek(0)
+            # Other formats become PNG. A JPEG in CMYK becomes an RGB PNG, since many viewers do not show CMYK.
+            if header is not None and (header.media_type != "image/jpeg" or not is_cmyk_jpeg(file)):
+                _require_size(key, file.seek(0, os.SEEK_END))
+                file.seek(0)
+                return _EncodedImage(file.read(MAX_IMAGE_BYTES), *header)
+            file.seek(0)
+            with pil.open(file) as image:  # Pillow reads no more of the file than it needs
+                return _encode_image(key, image)
     except RecordError:
         raise
     except Exception as e:  # more than OSError: SyntaxError for a damaged PNG, DecompressionBombError, ...
@@ -195,18 +218,31 @@ def _read_file(key: str, pil: Any, source: Any) -> _EncodedImage:
         raise RecordError(f"log_image({key!r}): cannot read {what} as an image: {e}") from e
 
 
-def _bytes_of(source: Any) -> bytes:
-    """Return the bytes of a file that is given as bytes, as a path or as an open file.
+def _opened(key: str, source: Any) -> BinaryIO:
+    """Return an image file, at its beginning. It is given as bytes, as a path or as an open file.
 
     An open file is read from its present position, and a `BytesIO` from its beginning.
+
+    Raises:
+        RecordError: an open file has too many bytes.
+        OSError: a path leads to no ordinary file, or to one that cannot be read.
     """
     if isinstance(source, bytes | bytearray):
-        return bytes(source)
+        return io.BytesIO(source)
     if isinstance(source, io.BytesIO):
-        return source.getvalue()
+        return io.BytesIO(source.getvalue())
     if isinstance(source, str | os.PathLike):
-        return Path(os.fsdecode(source)).read_bytes()
-    return bytes(source.read())
+        return open(os.path.realpath(os.fsdecode(source)), "rb", opener=open_plain)
+    copy = io.BytesIO()
+    while data := source.read(1 << 20):
+        copy.write(data)
+        if copy.tell() > _MAX_OPEN_FILE_BYTES:
+            raise RecordError(
+                f"log_image({key!r}): the open file has more than {_MAX_OPEN_FILE_BYTES:,} bytes; expected an image. "
+                "Log it by its path, or as a file with log_artifact"
+            )
+    copy.seek(0)
+    return copy
 
 
 def _pixels_of_numbers(key: str, image: Any) -> Any:

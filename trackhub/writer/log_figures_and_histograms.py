@@ -79,11 +79,12 @@ class FigureAndModelCalls:
 
         Args:
             key: the key of the grid, or the beginning of each image's key.
-            images: a sequence of images, or a batch ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``. Each is as for
-                ``log_image``.
+            images: a sequence of images, or a batch ``[N, H, W]``, ``[N, H, W, C]`` or ``[N, C, H, W]``, at most 10,000
+                images. Each is as for ``log_image``.
             step: as for ``log``.
             captions: a line of text for each image. In a grid, they become one caption.
-            columns: how many images are in a row of the grid; None for no grid.
+            columns: how many images are in a row of the grid; None for no grid. Each cell of a grid is as large as the
+                largest image. A grid may have 100 million pixels.
 
         Raises:
             RecordError, SpoolError: only if strict, as for ``log``.
