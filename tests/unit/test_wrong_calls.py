@@ -219,3 +219,30 @@ def test_no_adapter_raises_and_good_neighbours_of_any_value_are_stored(
     assert any(isinstance(p, Text) and p == Text("note", "text") for p in found)
     assert any(isinstance(p, Params) and p.values.get("good") == 1 for p in found)
     assert any(isinstance(p, Summary) and p.values.get("good") == 2.0 for p in found)
+
+
+def test_an_argument_that_comes_twice_counts_the_call(writer: Writer) -> None:
+    """Python raises before the method begins."""
+    untyped: Any = writer
+    adapters: list[Any] = [cls(writer=writer) for cls in (WandBWriter, MLflowWriter, SummaryWriter)]
+    wandb, mlflow, tensorboard = adapters
+    calls: list[Any] = [
+        lambda: untyped.log_text("a", "b", key="a"),
+        lambda: wandb.log({"a": 1.0}, 0, step=0),
+        lambda: mlflow.log_metric("a", 1.0, key="a"),
+        lambda: tensorboard.add_scalar("a", 1.0, tag="a"),
+        lambda: wandb.config.update(),
+        lambda: wandb.config.setdefaults(),
+        lambda: wandb.summary.update(),
+    ]
+    for call in calls:
+        call()
+    assert dropped(writer) == {"invalid_call": len(calls)}
+
+
+def test_the_arguments_of_log_may_be_named(writer: Writer) -> None:
+    writer.log(metrics={"a": 1.0}, step=3)
+    writer.log({"a": 1.0}, step=3)
+    WandBWriter(writer=writer).config.update(d={"lr": 0.1}, allow_val_change=True)
+    assert payloads(writer) == [Metrics({"a": 1.0}), Metrics({"a": 1.0}), Params({"lr": 0.1})]
+    assert not dropped(writer)

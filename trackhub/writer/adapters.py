@@ -24,7 +24,7 @@ from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.writer import convert_figures_and_tables
 from trackhub.writer.adapter_base import AdapterBase, first_given
 from trackhub.writer.bounded_reading import Budget
-from trackhub.writer.count_wrong_calls import with_counted_calls
+from trackhub.writer.count_wrong_calls import counts_wrong_calls, with_counted_calls
 from trackhub.writer.plain_values import as_mapping, shown
 from trackhub.writer.read_artifact import read_artifact
 from trackhub.writer.summary_writer import SummaryWriter
@@ -61,21 +61,28 @@ class _Values(Mapping[str, Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         self.update({name: value})
 
-    def update(self, values: Any, *args: Any, **kwargs: Any) -> None:
+    def update(self, values: Any = None, /, *args: Any, **kwargs: Any) -> None:
         """Log values.
 
         Args:
-            values: a mapping, or an object with fields, such as an ``argparse.Namespace``.
+            values: a mapping, or an object with fields, such as an ``argparse.Namespace``. W&B calls it ``d``.
             args, kwargs: W&B's further arguments, without effect.
         """
+        values = first_given(values, kwargs, "values", "d")
         self.__dict__["_log"](values)
         try:
             self.__dict__["_values"].update(as_mapping(values, has_fields=True) or {})
         except Exception as e:  # noqa: BLE001  # the log call has counted what cannot be read
             raise_if_from_signal_handler(e)
 
-    def setdefaults(self, values: Mapping[str, Any]) -> None:
-        """Log the values that are not there yet."""
+    def setdefaults(self, values: Any = None, /, *args: Any, **kwargs: Any) -> None:
+        """Log the values that are not there yet.
+
+        Args:
+            values: a mapping. W&B calls it ``d``.
+            args, kwargs: W&B's further arguments, without effect.
+        """
+        values = first_given(values, kwargs, "values", "d")
         try:
             new: Any = {key: value for key, value in values.items() if key not in self}
         except Exception as e:  # noqa: BLE001  # the log call counts what cannot be read
@@ -135,6 +142,7 @@ class WandBWriter(AdapterBase):
         other.summary = _Values(other.writer.summarize, self.summary)
         return other
 
+    @counts_wrong_calls
     def log(
         self,
         metrics: Mapping[str, Any] | None = None,

@@ -17,21 +17,20 @@ __all__ = ["counts_wrong_calls", "implemented_by", "with_counted_calls"]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _Class = TypeVar("_Class", bound=type)
 _LOG_CALLS = ("log_", "add_", "set_tag", "summarize")
-_TAKES_ANYTHING = ("add_scalar", "log_metric")  # these accept any arguments, and a wrapper would take 5% of their time
 
 
 def counts_wrong_calls(method: _Method) -> _Method:
     """Count the call as dropped if the method raises. The method then returns None.
 
-    Python itself raises `TypeError` before the method begins if an argument is missing or unknown. So the method cannot
-    catch that.
+    Python itself raises `TypeError` before the method begins if an argument is missing or unknown, or comes twice. So
+    the method cannot catch that.
 
     Args:
         method: a method of a writer, or of an object with the attribute ``writer``.
     """
 
     @functools.wraps(method)
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def counted(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except Exception as e:  # noqa: BLE001  # a logging method never ends a training
@@ -46,7 +45,7 @@ def counts_wrong_calls(method: _Method) -> _Method:
 def with_counted_calls(cls: _Class) -> _Class:
     """Put `counts_wrong_calls` on each logging method that a class defines."""
     for name, method in list(vars(cls).items()):
-        if name.startswith(_LOG_CALLS) and name not in _TAKES_ANYTHING and callable(method):
+        if name.startswith(_LOG_CALLS) and callable(method):
             setattr(cls, name, counts_wrong_calls(method))
     return cls
 
