@@ -246,3 +246,13 @@ def test_the_arguments_of_log_may_be_named(writer: Writer) -> None:
     WandBWriter(writer=writer).config.update(d={"lr": 0.1}, allow_val_change=True)
     assert payloads(writer) == [Metrics({"a": 1.0}), Metrics({"a": 1.0}), Params({"lr": 0.1})]
     assert not dropped(writer)
+
+
+def test_tags_of_mlflow_that_are_not_those_of_the_run_are_counted(writer: Writer) -> None:
+    mlflow: Any = MLflowWriter(writer=writer)
+    mlflow.set_experiment("x")
+    mlflow.set_tracking_uri("http://127.0.0.1")
+    assert not dropped(writer)
+    mlflow.set_experiment_tags({"team": "a"})
+    mlflow.set_trace_tag("id", "key", "value")
+    assert dropped(writer) == {"unconvertible": 2}

@@ -35,7 +35,8 @@ class AdapterBase:
     all methods that begin with it, also for methods of later SDK releases."""
 
     IGNORED: ClassVar[tuple[str, ...]] = ()
-    """Names of the SDK's methods that log nothing. They do nothing here. A name that ends in ``_`` is a prefix."""
+    """Names of the SDK's methods that log nothing. They do nothing here. A name that ends in ``_`` is a prefix, for the
+    methods that are not counted."""
 
     def __init__(
         self, ctx: Any = None, *args: Any, writer: Writer | None = None, strict: bool = False, **kwargs: Any
@@ -83,10 +84,10 @@ class AdapterBase:
             AttributeError: the SDK has no such method, or the method is not a log call.
         """
         if not name.startswith("_"):
-            if _is_one_of(name, self.IGNORED):
-                return _do_nothing
             if _is_one_of(name, self.COUNTED):
                 return functools.partial(self._count, name)
+            if _is_one_of(name, self.IGNORED):
+                return _do_nothing
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _count(self, method: str, /, *args: Any, **kwargs: Any) -> None:

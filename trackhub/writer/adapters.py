@@ -241,7 +241,10 @@ class MLflowWriter(AdapterBase):
     time of a record is the time of the call.
     """
 
-    COUNTED = ("delete_tag", "log_")
+    COUNTED = (
+        "delete_tag", "log_", "set_experiment_tag", "set_experiment_tags", "set_logged_model_tags",
+        "set_model_version_tag", "set_trace_tag",
+    )  # fmt: skip
     IGNORED = ("autolog", "disable_", "enable_", "end_run", "set_")
 
     def start_run(self, *args: Any, **kwargs: Any) -> _SameRun:
