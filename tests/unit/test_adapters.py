@@ -280,7 +280,7 @@ def test_the_calls_of_torch_work(spool: Path, tmp_path: Path) -> None:
     assert curve.rows == [
         [0.0, 2.0, 1.0, 0.0, 0.0, pytest.approx(2 / 3), 1.0],
         [0.5, 1.0, 0.0, 1.0, 1.0, 1.0, 0.5],
-        [1.0, 0.0, 0.0, 1.0, 2.0, 1.0, 0.0],
+        [1.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.0],
     ]
     assert raw == Table("raw", ["tp", "fp", "tn", "fn", "precision", "recall"], [[2, 1, 0, 0, 0.5, 1.0]])
     images = [payload for payload, _ in found[7:]]
@@ -301,18 +301,24 @@ def test_a_batch_of_images_is_the_grid_that_torch_makes() -> None:
     )
 
 
-def test_a_pr_curve_is_the_one_that_torch_computes() -> None:
+RANDOM = np.random.default_rng(7)
+SCORES: dict[str, tuple[Any, Any, int, Any]] = {
+    "weights": (RANDOM.integers(0, 2, 200), RANDOM.random(200), 100, RANDOM.random(200)),
+    "low scores": (RANDOM.random(200) > 0.5, RANDOM.random(200) * 0.5, 127, None),
+    "scores on a threshold": (RANDOM.random(200) > 0.5, np.round(RANDOM.random(200), 1), 11, None),
+    "float32": (RANDOM.random(200) > 0.5, np.round(RANDOM.random(200), 2).astype(np.float32), 101, None),
+    "labels that are probable": (RANDOM.random(50), RANDOM.random(50), 11, None),
+    "nothing positive": (np.zeros(50, bool), RANDOM.random(50), 11, None),
+}
+
+
+@pytest.mark.parametrize("what", SCORES)
+def test_a_pr_curve_is_the_one_that_torch_computes(what: str) -> None:
     from torch.utils.tensorboard.summary import compute_curve
 
-    generator = np.random.default_rng(7)
-    labels, predictions, weights = generator.integers(0, 2, 200), generator.random(200), generator.random(200)
-    _, rows = convert_figures_and_tables.pr_curve(labels, predictions, 100, weights)
-    expected = compute_curve(labels, predictions, num_thresholds=100, weights=weights)
-
-    # Torch puts a prediction into the bucket below it: the same curve to within one bucket of 100.
-    ours = np.array(rows).T[1:]
-    assert np.abs(ours[:4] - expected[:4]).max() <= 4.0
-    assert ours[4, 0] == pytest.approx(expected[4, 0])
+    labels, predictions, count, weights = SCORES[what]
+    _, rows = convert_figures_and_tables.pr_curve(labels, predictions, count, weights)
+    np.testing.assert_allclose(np.array(rows).T[1:], compute_curve(labels, predictions, count, weights), atol=1e-12)
 
 
 def figure() -> Any:

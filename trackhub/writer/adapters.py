@@ -322,14 +322,17 @@ class MLflowWriter(AdapterBase):
     def log_figure(
         self, figure: Any, artifact_file: str, *, save_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Log a figure of matplotlib or plotly as an image. The path is its key.
+        """Log a figure of matplotlib as an image, and one of plotly as ``Writer.log_figure`` does. The path is its key.
 
         Args:
             figure: the figure.
             artifact_file: the path.
-            save_kwargs: further arguments of the figure's own method that saves it.
+            save_kwargs: further arguments of matplotlib's ``savefig``.
             kwargs: without effect.
         """
+        if not hasattr(figure, "savefig") and hasattr(figure, "to_html"):  # plotly's
+            self.writer.log_figure(str(artifact_file).removesuffix(".html"), figure)
+            return
         self._log_converted(
             "log_figure",
             artifact_file,
@@ -381,13 +384,17 @@ class MLflowWriter(AdapterBase):
     def log_artifact(
         self, local_path: str | os.PathLike[str], artifact_path: str | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Log a file. It goes into the artifact folder ``artifact_path`` if one is given.
+        """Log a file, or each file in a folder. It goes into the artifact folder ``artifact_path`` if one is given.
 
         Args:
-            local_path: the file.
+            local_path: the file or the folder. The folder keeps its name in the run.
             artifact_path: the folder in the run.
             args, kwargs: MLflow's further arguments, without effect.
         """
+        if isinstance(local_path, str | os.PathLike) and os.path.isdir(local_path):
+            name = Path(local_path).resolve().name
+            self.log_artifacts(local_path, f"{artifact_path}/{name}" if artifact_path else name)
+            return
         self.writer._append_blob("log_artifact", None, read_artifact, local_path, None, "file", artifact_path)
 
     def log_artifacts(

@@ -21,6 +21,7 @@ __all__ = [
     "as_torch_grid",
     "as_torch_image",
     "chosen_columns",
+    "close_figure",
     "figure_png",
     "histogram_of_buckets",
     "pr_curve",
@@ -29,16 +30,16 @@ __all__ = [
 
 _GRID_COLUMNS = 8  # as torch's SummaryWriter.add_images
 _MAX_CHANNELS = 4
+_SMALLEST_COUNT = 1e-7  # as in torch: what a sum of 0 is divided by
 _PR_COLUMNS = ("threshold", "tp", "fp", "tn", "fn", "precision", "recall")
 
 
-def figure_png(figure: Any, save_kwargs: Mapping[str, Any] | None = None, *, close: bool = False) -> bytes:
+def figure_png(figure: Any, save_kwargs: Mapping[str, Any] | None = None) -> bytes:
     """Return a figure of matplotlib or plotly as the bytes of a PNG file.
 
     Args:
         figure: has ``savefig``, as matplotlib's figures, or ``to_image``, as plotly's.
         save_kwargs: further arguments of that method.
-        close: close a figure of matplotlib afterwards, so that pyplot does not keep it.
 
     Raises:
         TypeError: this is not a figure.
@@ -47,15 +48,19 @@ def figure_png(figure: Any, save_kwargs: Mapping[str, Any] | None = None, *, clo
     if hasattr(figure, "savefig"):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", **more)
-        if close and (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
-            try:
-                pyplot.close(figure)
-            except Exception as e:  # noqa: BLE001  # the image is what matters
-                raise_if_from_signal_handler(e)
         return buffer.getvalue()
     if hasattr(figure, "to_image"):
         return bytes(figure.to_image(format="png", **more))
     raise TypeError(f"a {type(figure).__name__} is not a figure; expected one of matplotlib or plotly")
+
+
+def close_figure(figure: Any) -> None:
+    """Close a figure of matplotlib, so that pyplot does not keep it. Leaves anything else as it is."""
+    if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None and hasattr(figure, "savefig"):
+        try:
+            pyplot.close(figure)
+        except Exception as e:  # noqa: BLE001  # the image is what matters
+            raise_if_from_signal_handler(e)
 
 
 def as_torch_image(image: Any, dataformats: str | None) -> Any:
@@ -134,22 +139,25 @@ def pr_curve(
     """Return a precision-recall curve as the columns and rows of a table, one row for each threshold.
 
     Args:
-        labels: for each example, True if it is positive.
+        labels: for each example, 1 or True if it is positive, or how probable that is.
         predictions: the probability that each example is positive, 0 to 1.
         num_thresholds: how many thresholds between 0 and 1, both included; at most 127.
         weights: the weight of each example; None for 1.
     """
     import numpy as np
 
-    positive, probability = array_of(labels).astype(bool).ravel(), array_of(predictions).astype(float).ravel()
+    positive = array_of(labels).astype(float).ravel()
     weight = np.broadcast_to(1.0 if weights is None else array_of(weights).astype(float).ravel(), positive.shape)
-    rows = []
-    for threshold in np.linspace(0.0, 1.0, min(int(num_thresholds), 127)):
-        found = probability >= threshold
-        tp, fp = (float(weight[found & of].sum()) for of in (positive, ~positive))
-        tn, fn = (float(weight[~found & of].sum()) for of in (~positive, positive))
-        precision, recall = tp / (tp + fp) if tp + fp else 1.0, tp / (tp + fn) if tp + fn else 0.0
-        rows.append([float(threshold), tp, fp, tn, fn, precision, recall])
+    count = min(int(num_thresholds), 127)
+    # As compute_curve of torch 2.14: a prediction counts for all thresholds up to the one below it.
+    below = np.floor(array_of(predictions).ravel() * (count - 1)).astype(np.int32)
+    tp, fp = (
+        np.histogram(below, bins=count, range=(0, count - 1), weights=part * weight)[0][::-1].cumsum()[::-1]
+        for part in (positive, 1.0 - positive)
+    )
+    tn, fn = fp[0] - fp, tp[0] - tp
+    precision, recall = (tp / np.maximum(_SMALLEST_COUNT, tp + other) for other in (fp, fn))
+    rows = np.stack([np.linspace(0.0, 1.0, count), tp, fp, tn, fn, precision, recall], axis=1).tolist()
     return _PR_COLUMNS, rows
 
 

@@ -92,14 +92,15 @@ class FigureAndModelCalls:
         if self._spool is None:
             return
         with self._counting_errors("log_images", key):
-            each = list(Budget(f"log_images({shown(key)})", _MAX_IMAGES, "images").each(images))
-            texts = list(Budget(f"captions of {shown(key)}").each(() if captions is None else captions))
+            each: list[Any] = list(Budget(f"log_images({shown(key)})", _MAX_IMAGES, "images").each(images))
+            budget = Budget(f"captions of {shown(key)}")
+            texts = ["" if text is None else str(text) for text in budget.each(() if captions is None else captions)]
             if not each:
                 raise RecordError(f"log_images({shown(key)}): there is no image; expected one or more")
             if columns is not None:
                 from trackhub.writer.images import grid_of  # lazy, with Pillow
 
-                caption = ", ".join(map(str, texts))[:MAX_CAPTION_CHARS]
+                caption = ", ".join(texts)[:MAX_CAPTION_CHARS]
                 bad = BadValues(strict=self._strict)
                 self.log_image(key, grid_of(key_text(key), each, columns, bad), step, caption)
                 self._note_left_out("log_images", bad, has_rest=True)
@@ -144,7 +145,7 @@ class FigureAndModelCalls:
         with tempfile.TemporaryDirectory(prefix="trackhub-") as folder:
             path = Path(folder, "figure.html")
             path.write_text(figure.to_html(include_plotlyjs="cdn"), encoding="utf-8")
-            self.log_artifact(path, f"{key}.html", "figure")
+            self.log_artifact(path, f"{key_text(key)}.html", "figure")
         if _can_draw_plotly is None:
             _can_draw_plotly = importlib.util.find_spec("kaleido") is not None
         if _can_draw_plotly:
@@ -194,7 +195,8 @@ def _figure_of(value: Any) -> Any:
     Raises:
         RecordError: the value is not a figure, and does not have one.
     """
-    for found in (value, getattr(value, "figure_", None), getattr(value, "figure", None)):
+    figure = getattr(value, "figure", None)  # the subfigure, if the axes are in one
+    for found in (value, getattr(value, "figure_", None), figure, getattr(figure, "figure", None)):
         if hasattr(found, "savefig") or (hasattr(found, "to_html") and hasattr(found, "to_plotly_json")):
             return found
     raise RecordError(f"{shown(value)} is a {type(value).__name__}; expected a figure of matplotlib or plotly")

@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import enum
 import math
+import numbers
 import os
 import sys
 import types
@@ -273,7 +274,12 @@ def plain_number(what: str, key: Any, value: Any) -> float:
 
 def _to_float(what: str, key: Any, value: Any) -> float:
     try:
-        return float(value)
+        number = float(value)
+        # A Decimal and numpy's longdouble become infinite without an OverflowError.
+        is_number = math.isinf(number) and isinstance(value, numbers.Number)
+        if is_number and value != number:
+            raise OverflowError
+        return number
     except OverflowError as e:
         raise RecordError(f"{what} {key!r}: {shown(value)} is too large for a float64") from e
 
@@ -331,10 +337,18 @@ def _as_list(value: Any, budget: Budget) -> list[Any] | None:
         return sorted(budget.each(value), key=str)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return list(budget.each(value))
-    if getattr(value, "shape", ()) and hasattr(value, "tolist") and holds_numbers(value):
-        size = math.prod(value.shape)
-        return list(value.tolist()) if 1 < size <= _MAX_ITEMS or size == 0 else None
-    return None
+    if not getattr(value, "shape", ()) or not hasattr(value, "tolist") or not _has_items_of_params(value):
+        return None
+    size = math.prod(value.shape)
+    if not 1 < size <= _MAX_ITEMS and size != 0:
+        return None
+    is_times_of_numpy = getattr(value.dtype, "kind", "") == "M" and not hasattr(value, "to_frame")
+    return list((value.astype(str) if is_times_of_numpy else value).tolist())  # else nanoseconds would become ints
+
+
+def _has_items_of_params(array: Any) -> bool:
+    """Return whether an array has numbers, texts or dates."""
+    return holds_numbers(array) or getattr(getattr(array, "dtype", None), "kind", "") in ("U", "M")
 
 
 def _other_param(what: str, path: str, value: Any, depth: int, budget: Budget) -> Any:
@@ -343,7 +357,7 @@ def _other_param(what: str, path: str, value: Any, depth: int, budget: Budget) -
         if type(plain) is not type(value):
             return plain_param(what, path, plain, depth + 1, budget)
         if hasattr(plain, "__float__"):
-            return float(plain)  # such as numpy.longdouble
+            return _to_float(what, path, plain)  # such as numpy.longdouble
     return plain_text(what, path, str(value))
 
 

@@ -7,7 +7,7 @@ Training code calls it. It converts the arguments of a call, and calls `trackhub
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 from trackhub.writer import convert_figures_and_tables
 from trackhub.writer.adapter_base import AdapterBase, first_given
@@ -189,20 +189,24 @@ class SummaryWriter(AdapterBase):
             tag: the key.
             figure: a figure, or a list of them.
             global_step: the step.
-            close: close the figures afterwards.
+            close: close the figures afterwards, also where nothing is recorded.
             args, kwargs: as for ``add_scalar``.
         """
         figures = figure if isinstance(figure, list | tuple) else [figure]
-        for i, one in enumerate(figures):
-            self._log_converted(
-                "add_figure",
-                tag,
-                lambda i=i, one=one: (  # type: ignore[misc]
-                    tag if figures is not figure else f"{tag}/{i}",
-                    convert_figures_and_tables.figure_png(one, close=close),
-                ),
-                lambda found: self.writer.log_image(*found, global_step),
-            )
+        try:
+            for i, one in enumerate(figures):
+                self._log_converted(
+                    "add_figure",
+                    tag,
+                    lambda i=i, one=one: (  # type: ignore[misc]
+                        tag if figures is not figure else f"{tag}/{i}",
+                        convert_figures_and_tables.figure_png(one),
+                    ),
+                    lambda found: self.writer.log_image(*found, global_step),
+                )
+        finally:
+            for one in figures if close else ():  # also without tracking: pyplot would keep all figures of a training
+                convert_figures_and_tables.close_figure(one)
 
     def add_histogram(
         self,
@@ -220,11 +224,12 @@ class SummaryWriter(AdapterBase):
             tag: its key.
             values: an array or tensor of numbers.
             global_step: the step.
-            bins: how many bins. Anything but an int, such as the name ``tensorflow``, means the default of 30.
+            bins: how many bins. Anything but a whole number, such as the name ``tensorflow``, means the default of 30.
             walltime, max_bins: without effect.
             kwargs: as for ``add_scalar``.
         """
-        self.writer.log_histogram(tag, values, global_step, bins=bins if isinstance(bins, int) else 30)
+        is_whole = isinstance(bins, SupportsIndex) and getattr(bins, "shape", ()) == ()
+        self.writer.log_histogram(tag, values, global_step, bins=bins if is_whole else 30)
 
     def add_histogram_raw(
         self,

@@ -193,7 +193,7 @@ def _image(value: Any) -> tuple[Any, str] | None:
     if str(kind.__module__).startswith("PIL."):
         return value, ""
     if _is_of_wandb(value) and kind.__name__ == "Image":
-        return value.image, value._caption or ""
+        return value.image, "" if value._caption is None else str(value._caption)
     return None
 
 
