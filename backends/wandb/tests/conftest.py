@@ -36,7 +36,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     singleton = import_sdk().sdk.wandb_setup._singleton
     if singleton is not None:
-        abandon_runs([*singleton._active_runs, *(run for _, run in sdk_start_and_stop._opened)])
+        abandon_runs([*singleton._active_runs, *sdk_start_and_stop._own_runs.get(singleton, ())])
 
 
 @pytest.fixture

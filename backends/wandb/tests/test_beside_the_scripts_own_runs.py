@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from trackhub_wandb import WandBBackend
+from trackhub_wandb import WandBBackend, sdk_start_and_stop
 from trackhub_wandb.offline_readback import find_runs
 
 from backends.wandb.tests.conftest import Rig, losses
@@ -118,8 +119,60 @@ def test_the_script_keeps_its_sweep_and_what_it_sets_in_the_environment_later(
 
 
 def test_a_run_that_the_sdk_opens_under_another_id_gets_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trackhub_wandb.sdk_start_and_stop._OF_THE_SCRIPT", ())
+    taken = sdk_start_and_stop._FROM_ENVIRONMENT | {"sweep_id"}
+    monkeypatch.setattr(sdk_start_and_stop, "_FROM_ENVIRONMENT", taken)
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
 
     with pytest.raises(PermanentError, match=rf"opened the run \w+ instead of {rig.info().run_id}: see which WANDB_"):
         rig.backend(mode="offline").open_run(rig.info())
+
+
+def test_a_thread_of_the_script_that_opens_its_run_at_the_same_time_gets_its_own(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    own: list[Any] = []
+    inform = wandb.sdk.lib.service.service_connection.ServiceConnection.inform_init
+
+    def in_the_middle(self: Any, settings: Any, run_id: str) -> Any:
+        interface = inform(self, settings, run_id)
+        if run_id == rig.info().run_id:
+            thread = threading.Thread(
+                target=lambda: own.append(wandb.init(project="mine", mode="offline", dir=tmp_path))
+            )
+            thread.start()
+            thread.join()
+        return interface
+
+    monkeypatch.setattr("wandb.sdk.lib.service.service_connection.ServiceConnection.inform_init", in_the_middle)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    run = rig.backend(mode="offline").open_run(rig.info())
+    run.write(losses(range(3)))
+    own[0].log({"mine": 1.0})
+    own[0].finish()
+    run.flush()
+    run.finish(RunStatus.FINISHED)
+
+    (ours,) = find_runs(rig.wandb_dir)
+    (theirs,) = find_runs(tmp_path / "wandb")
+    assert (len(ours.rows), ours.settings["run_id"]) == (3, rig.info().run_id)
+    assert [row["mine"] for row in theirs.rows] == [1.0]
+    assert own[0].settings.sweep_id == "abc"
+
+
+def test_what_ends_the_scripts_run_leaves_ours_open(rig: Rig, tmp_path: Path) -> None:
+    import wandb
+
+    run = rig.backend(mode="offline").open_run(rig.info())
+    run.write(losses(range(3)))
+    wandb.init(project="mine", mode="offline", dir=tmp_path, settings={"silent": True})
+    wandb.log({"mine": 1.0})
+    wandb.finish()
+    run.write(losses(range(3, 6)))
+    run.flush()
+    run.finish(RunStatus.FINISHED)
+
+    (ours,) = find_runs(rig.wandb_dir)
+    assert len(ours.rows) == 6
+    assert wandb.run is None

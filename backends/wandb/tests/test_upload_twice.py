@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from trackhub_wandb import sdk_start_and_stop
 from trackhub_wandb.offline import is_uploaded
 from trackhub_wandb.sdk_start_and_stop import import_sdk
 
@@ -99,7 +100,7 @@ def test_an_uploaded_folder_that_is_damaged_is_named_and_leaves_no_run_open(rig:
         with pytest.raises(TransientError, match=rf"{named} cannot be read: DecodeError: .*Move the folder away"):
             rig.backend(mode="offline").open_run(rig.info())
         singleton = import_sdk().sdk.wandb_setup._singleton
-        assert singleton is None or not singleton._active_runs
+        assert singleton is None or not sdk_start_and_stop._own_runs.get(singleton)
 
     folder.rename(rig.folder / "moved")
     run = rig.backend(mode="offline").open_run(rig.info())

@@ -33,7 +33,7 @@ from trackhub_wandb.naming import PARAM_RULE, TAG_RULE, row_rule, run_name, tag_
 from trackhub_wandb.offline import OfflineRun, is_uploaded, offline_folders
 from trackhub_wandb.online import OnlineRun
 from trackhub_wandb.options import WandBOptions
-from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, Login, import_sdk, own_settings, stop_service
+from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, Login, import_sdk, loaded_settings, stop_service
 from trackhub_wandb.server_state import Server
 
 __all__ = ["WandBBackend"]
@@ -46,7 +46,8 @@ _PREFLIGHT_TIMEOUT_S = 5.0
 _CLOSE_TIMEOUT_S = 0.5
 
 _DECIDED = (QUIET_SETTINGS.keys() - {"silent"}) | {
-    *("mode", "api_key", "base_url", "run_id", "run_name", "resume", "reinit", "root_dir")
+    *("mode", "api_key", "base_url", "run_id", "run_name", "resume", "reinit", "root_dir"),
+    *("fork_from", "resume_from", "launch", "launch_config_path", "sweep_id", "sweep_param_path", "sync_tensorboard"),
 }
 """Fields of ``wandb.Settings`` that the backend decides itself."""
 
@@ -206,7 +207,7 @@ class WandBBackend(Backend[WandBOptions]):
         options, extra = self.options, self.options.settings
         # Read the environment and W&B's own settings files. `online` asks the server for a run by its full name before
         # the SDK opens the run, so entity and project must be known here.
-        with own_settings() as settings:
+        with loaded_settings() as settings:
             found = settings.model_copy()
         chosen: dict[str, Any] = {
             "project": options.project or extra.get("project") or found.project or _DEFAULT_PROJECT,

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
 
 from trackhub.spi import ConfigError, TransientError, remember_secret
-from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, Login, exclusive_sdk, import_sdk, own_settings
+from trackhub_wandb.sdk_start_and_stop import QUIET_SETTINGS, Login, exclusive_sdk, import_sdk, loaded_settings
 
 if TYPE_CHECKING:
     from trackhub_wandb.options import WandBOptions
@@ -53,7 +53,8 @@ def find_login(options: WandBOptions) -> Login | None:
     """
     wandb = import_sdk()
     try:
-        with own_settings() as settings:
+        with loaded_settings() as found:
+            settings = found.model_copy()
             if options.base_url is not None:
                 settings.base_url = options.base_url
             host = wandb.sdk.lib.wbauth.HostUrl(settings.base_url)

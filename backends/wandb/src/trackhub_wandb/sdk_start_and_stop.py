@@ -8,11 +8,13 @@ itself. It must not get a run of this backend, and its sweep, its launch and its
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import stat
 import subprocess
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +34,8 @@ __all__ = [
     "abandon_runs",
     "exclusive_sdk",
     "import_sdk",
+    "loaded_settings",
     "open_sdk_run",
-    "own_settings",
     "remove_from_config",
     "remove_links",
     "service_is_lost",
@@ -46,8 +48,8 @@ _log = logging.getLogger(__name__)
 _lock = threading.RLock()
 _import_lock = threading.Lock()
 
-_opened: list[tuple[Any, Run]] = []
-"""The runs that `open_sdk_run` opened, each with the SDK's singleton that has it. Ended ones are taken out later."""
+_own_runs: weakref.WeakKeyDictionary[Any, list[Run]] = weakref.WeakKeyDictionary()
+"""The open runs of this backend, for each singleton of the SDK. The SDK's own list has only the script's runs."""
 
 _SERVICE_VARIABLE = "WANDB_SERVICE"
 _ERROR_REPORTING_VARIABLE = "WANDB_ERROR_REPORTING"
@@ -87,14 +89,24 @@ QUIET_SETTINGS: dict[str, Any] = {
 }
 """Settings of every run, whatever its mode."""
 
-_OF_THE_SCRIPT = (
-    *("sweep_id", "sweep_param_path", "launch", "launch_config_path", "x_runqueue_item_id"),
-    *("run_id", "run_name", "resume", "resume_from", "fork_from"),
-    *("x_label", "x_primary", "x_update_finish_state", "x_server_side_derived_summary"),
-    *("x_files_dir", "x_sync_dir_suffix", "x_skip_transaction_log", "x_sync", "x_cli_only_mode"),
+_FROM_ENVIRONMENT = frozenset(
+    {
+        # Where the server is, who logs in, and how to get there.
+        *("api_key", "app_url_override", "base_url", "credentials_file", "email", "identity_token_file"),
+        *("organization", "settings_system", "username"),
+        *("http_proxy", "https_proxy", "insecure_disable_ssl", "x_extra_http_headers", "x_proxies"),
+        *("x_file_stream_max_bytes", "x_file_stream_max_line_bytes", "x_file_stream_no_gzip"),
+        *("x_file_stream_retry_max", "x_file_transfer_retry_max", "x_graphql_retry_max"),
+        *("x_executable", "x_log_level", "x_service_transport", "x_service_wait", "x_stats_pid"),
+        # What the options say when they are left out.
+        *("entity", "project", "run_group", "run_job_type", "run_notes", "run_tags"),
+    }
 )
-"""Settings that the environment has for the script's own run. In a sweep, for example, the SDK would ignore our run's
-id and project, and each opening would make another run."""
+"""Settings that a run takes from the environment, W&B's settings files and ``wandb.setup``.
+
+Any other setting is for the script's own run. In a sweep, for example, the SDK would ignore the id and the project of
+this backend's run, and each opening would make another run.
+"""
 
 
 @dataclass(frozen=True)
@@ -143,9 +155,9 @@ def import_sdk() -> ModuleType:
 def exclusive_sdk() -> Iterator[ModuleType]:
     """Yield the SDK with its service running, while no other backend of this process starts or stops it.
 
-    Meanwhile the SDK has the settings of `own_settings`.
+    Meanwhile the SDK has the settings of `loaded_settings`.
     """
-    with own_settings():
+    with loaded_settings():
         wandb = import_sdk()
         singleton = wandb.sdk.wandb_setup.singleton()
         if singleton._connection is None:
@@ -158,23 +170,20 @@ def exclusive_sdk() -> Iterator[ModuleType]:
 
 
 @contextlib.contextmanager
-def own_settings() -> Iterator[Any]:
-    """Give the SDK settings for this backend, yield them, and give it back those of the script.
+def loaded_settings() -> Iterator[Any]:
+    """Yield the SDK's settings: those of the environment, W&B's settings files and ``wandb.setup``.
 
-    They come from the environment, W&B's settings files and ``wandb.setup``, without what is for the script's own run.
-    The SDK loads its settings once, and ignores what the script sets in the environment afterwards. So if the script
-    has not used the SDK yet, none are left loaded.
+    The SDK loads them once, and ignores what the script sets in the environment afterwards. So if the script has not
+    used the SDK yet, none are left loaded.
     """
     with _lock:
         singleton = import_sdk().sdk.wandb_setup.singleton()
-        held, environ = singleton.settings_if_loaded, singleton._settings_environ
+        is_new = singleton.settings_if_loaded is None
         try:
-            fields = type(singleton.settings).model_fields
-            left_out = {name: fields[name].default for name in _OF_THE_SCRIPT if name in fields}
-            singleton._settings = singleton.settings.model_copy(update=left_out)
             yield singleton.settings
         finally:
-            singleton._settings, singleton._settings_environ = held, environ
+            if is_new:
+                singleton._settings = singleton._settings_environ = None
 
 
 def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: dict[str, Any] | None = None) -> Run:
@@ -194,11 +203,8 @@ def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: d
             _use_login(wandb, login)
             settings = {**settings, "base_url": login.base_url}
         try:
-            run: Run = wandb.init(config=config, settings=wandb.Settings(**settings))
-            # Otherwise a script's own `wandb.init` would return this run, or end it, depending on its `reinit`.
-            singleton = wandb.sdk.wandb_setup.singleton()
-            singleton.remove_active_run(run)
-            _opened.append((singleton, run))
+            with _apart_from_script(wandb):
+                run: Run = wandb.init(config=config, settings=wandb.Settings(**settings))
             _keep_from_others(Path(run.settings.sync_dir))
         except BaseException:
             _forget_unopened(wandb, settings["run_id"])
@@ -212,6 +218,35 @@ def open_sdk_run(settings: dict[str, Any], login: Login | None = None, config: d
                 "are set for the receiver, and unset those that choose a run"
             )
         return run
+
+
+@contextlib.contextmanager
+def _apart_from_script(wandb: ModuleType) -> Iterator[None]:
+    """Have ``wandb.init`` in this thread open a run that the script's own use of the SDK does not see.
+
+    The script's ``wandb.init()`` returns the newest run of the SDK's list, or ends all of them, also those that were
+    opened with ``create_new``. So the run gets a copy of the SDK's singleton, with a list and settings of its own.
+    Other threads are not affected.
+    """
+    module = wandb.sdk.wandb_init
+    singleton = wandb.sdk.wandb_setup.singleton()
+    apart = copy.copy(singleton)
+    apart._active_runs = _own_runs.setdefault(singleton, [])
+    apart._sweep_config = None
+    apart._settings = wandb.Settings()
+    found = singleton.settings
+    kept = _FROM_ENVIRONMENT & found.model_fields_set
+    apart._settings.update_from_dict({name: getattr(found, name) for name in kept})
+    original, thread = module._WandbInit, threading.get_ident()
+
+    def init_of(library: Any, telemetry: Any) -> Any:
+        return original(apart if threading.get_ident() == thread else library, telemetry)
+
+    module._WandbInit = init_of
+    try:
+        yield
+    finally:
+        module._WandbInit = original
 
 
 def _keep_from_others(folder: Path) -> None:
@@ -278,7 +313,8 @@ def abandon_runs(runs: Iterable[Run]) -> None:
         checkers = []
         for run in runs:
             run._is_finished = True
-            singleton.remove_active_run(run)
+            if run._wl is not None:
+                run._wl.remove_active_run(run)
             if run._run_status_checker is not None:
                 run._run_status_checker.stop()
                 checkers.append(run._run_status_checker)
@@ -291,8 +327,7 @@ def abandon_runs(runs: Iterable[Run]) -> None:
 
 def _has_open_runs(singleton: Any) -> bool:
     """Return whether this process has an open run: one of this backend, or one of the script's own."""
-    _opened[:] = [(of, run) for of, run in _opened if of is singleton and not run._is_finished]
-    return bool(_opened or singleton._active_runs)
+    return bool(singleton._active_runs or _own_runs.get(singleton))
 
 
 def _use_login(wandb: ModuleType, login: Login) -> None:
