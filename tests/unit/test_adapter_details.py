@@ -112,3 +112,9 @@ def test_arrays_of_texts_and_dates_are_lists_of_params(writer: Writer) -> None:
         ),
         Params({"dates": ["2020-01-01T00:00:00", "2020-01-02T00:00:00"]}),
     ]
+
+
+def test_a_script_may_ask_for_the_id_of_its_run_and_for_its_folder(writer: Writer) -> None:
+    with MLflowWriter(writer=writer).start_run() as run:
+        assert (run.info.run_id, run.info.run_name) == ("", "")
+    assert SummaryWriter(writer=writer).log_dir == ""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -434,7 +435,13 @@ class MLflowWriter(AdapterBase):
 
 
 class _SameRun:
-    """What ``start_run`` returns: a context manager that does nothing."""
+    """What ``start_run`` returns: a context manager that does nothing.
+
+    Attributes:
+        info: has an empty ``run_id``. The run belongs to the job, and each backend has an id of its own.
+    """
+
+    info = types.SimpleNamespace(run_id="", run_name="")
 
     def __enter__(self) -> Self:
         return self

@@ -50,6 +50,7 @@ class SummaryWriter(AdapterBase):
             ConfigError: ``strict`` is set and there is no tracking, or ``TRACKHUB_MODE`` has an unknown value.
         """
         super().__init__(writer=writer, strict=strict)
+        self.log_dir = ""  # as for `get_logdir`
 
     def get_logdir(self) -> str:
         """Return an empty text. There is no log folder here: each backend of the job has its own."""
