@@ -33,7 +33,7 @@ class Budget:
             unit: what the values are, for the message.
         """
         self._left = most
-        self._error = f"{what}: more than {most:,} {unit}; expected fewer; log a file of them with log_artifact"
+        self._about = what, most, unit  # no message yet: each `Writer.log` of tensors makes two budgets
 
     def each(self, values: Iterable[_Item]) -> Iterator[_Item]:
         """Yield the values. If there are more of them than may be read and they have a length, yield none.
@@ -42,11 +42,15 @@ class Budget:
             RecordError: there are more of them than may still be read.
         """
         if isinstance(values, Sized) and len(values) > self._left:
-            raise RecordError(self._error)
+            raise self._error()
         if isinstance(values, Sequence):  # its `__getitem__` may never raise IndexError
             values = itertools.islice(values, len(values))
         for value in values:
             self._left -= 1
             if self._left < 0:
-                raise RecordError(self._error)
+                raise self._error()
             yield value
+
+    def _error(self) -> RecordError:
+        what, most, unit = self._about
+        return RecordError(f"{what}: more than {most:,} {unit}; expected fewer; log a file of them with log_artifact")
