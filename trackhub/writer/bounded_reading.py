@@ -35,12 +35,18 @@ class Budget:
         self._left = most
         self._about = what, most, unit  # no message yet: each `Writer.log` of tensors makes two budgets
 
-    def each(self, values: Iterable[_Item]) -> Iterator[_Item]:
-        """Yield the values. If there are more of them than may be read and they have a length, yield none.
+    def each(self, values: Iterable[_Item]) -> Iterable[_Item]:
+        """Return the values. If there are more of them than may be read and they have a length, none is read.
 
         Raises:
             RecordError: there are more of them than may still be read.
         """
+        if type(values) is dict and len(values) <= self._left:  # saves a tenth of the time of `Writer.log`
+            self._left -= len(values)
+            return values
+        return self._each(values)
+
+    def _each(self, values: Iterable[_Item]) -> Iterator[_Item]:
         if isinstance(values, Sized) and len(values) > self._left:
             raise self._error()
         if isinstance(values, Sequence):  # its `__getitem__` may never raise IndexError
