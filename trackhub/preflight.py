@@ -2,7 +2,7 @@
 """Checks, before a job starts, whether a backend can be used here.
 
 It does what a receiver does before training: it builds the options, makes the backend, and calls its ``preflight``.
-``trackhub backends --check``, `trackhub.flare.check_before_simulator` and scripts that start jobs call it.
+``trackhub backends --check``, `trackhub.flare.preflight_before_simulator` and scripts that start jobs call it.
 """
 
 from __future__ import annotations

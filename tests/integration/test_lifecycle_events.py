@@ -32,9 +32,9 @@ from trackhub.delivery.journal.read_only import read_journal_meta
 from trackhub.delivery.journal.report_builder import read_journal_report
 from trackhub.delivery.lane.lane import Lane
 from trackhub.flare import flare_internals, receiver_widget, sender_widget
+from trackhub.flare.current_round import ClientRounds
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.records_made_by_trackhub import OwnRecords, SiteRecords
-from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.sender_widget import TrackhubSender
 from trackhub.job_and_run_info import JobInfo, RunStatus
 

@@ -21,7 +21,7 @@ from nvflare.app_common.app_constant import AppConstants
 
 from tests.unit.readers_and_bad_backends import WAIT_S
 from trackhub.flare import flare_internals, read_task_events
-from trackhub.flare.federation_watch import FederationWatch
+from trackhub.flare.federation_facts import FederationFacts
 from trackhub.flare.model_updates import ModelUpdates
 
 SITES = ("site-1", "site-2")
@@ -35,7 +35,7 @@ class Server:
         self.logged: list[tuple[str, int, float]] = []
         federation: Any = SimpleNamespace(log=self._log, log_text=lambda key, text, number: None)
         engine = SimpleNamespace(run_manager=SimpleNamespace(handlers=[]))
-        self.watch = FederationWatch(engine, federation, update_statistics=update_statistics)
+        self.watch = FederationFacts(engine, federation, update_statistics=update_statistics)
 
     def _log(self, values: dict[str, float], number: int) -> None:
         self.logged += [(key, number, value) for key, value in values.items()]

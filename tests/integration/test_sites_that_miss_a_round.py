@@ -17,7 +17,7 @@ from nvflare.apis.impl.task_manager import TaskCheckStatus
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.app_constant import AppConstants
 
-from trackhub.flare.federation_watch import FederationWatch
+from trackhub.flare.federation_facts import FederationFacts
 
 SITES = ("site-1", "site-2")
 TIMEOUT_S = 10
@@ -26,7 +26,7 @@ TIMEOUT_S = 10
 class Relay:
     """One round of the cyclic workflow, whose task FLARE's own manager hands out, watched by trackhub."""
 
-    def __init__(self, watch: FederationWatch, number: int, *, age_s: float = 0) -> None:
+    def __init__(self, watch: FederationFacts, number: int, *, age_s: float = 0) -> None:
         self.watch, self.number = watch, number
         data = Shareable()
         data.set_header(AppConstants.CURRENT_ROUND, number)
@@ -63,7 +63,7 @@ def test_a_site_that_the_cyclic_workflow_passed_over_is_missing_then() -> None:
             found.setdefault(key, {})[number] = value
 
     federation: Any = SimpleNamespace(log=log, log_text=lambda key, text, number: None)
-    watch = FederationWatch(SimpleNamespace(run_manager=SimpleNamespace(handlers=[])), federation)
+    watch = FederationFacts(SimpleNamespace(run_manager=SimpleNamespace(handlers=[])), federation)
 
     waits = Relay(watch, 0)
     assert not waits.ask("site-2"), "it is the turn of site-1"

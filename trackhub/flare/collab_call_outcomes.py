@@ -2,7 +2,7 @@
 """Learns how each call into a client ends, in a job that uses FLARE's Collab API. Written for nvflare 2.9.
 
 Such a job has only two tasks, which prepare the clients. All work is done in calls, and FLARE fires no event for a
-call. `trackhub.flare.round_watch` calls this module, so that a client ends as failed if its last call raised.
+call. `trackhub.flare.current_round` calls this module, so that a client ends as failed if its last call raised.
 """
 
 from __future__ import annotations

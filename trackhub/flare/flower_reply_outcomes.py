@@ -2,7 +2,7 @@
 """Learns from Flower's replies whether the client app of a site raised. Written for nvflare 2.9 and flwr 1.32 to 1.34.
 
 FLARE does not look into Flower's messages, and its job ends as finished even if every client app raised.
-`trackhub.flare.round_watch` calls it, so that such a site ends as failed.
+`trackhub.flare.current_round` calls it, so that such a site ends as failed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures each site's model update: its norm, and its cosine with the mean of all updates.
 
-The cosine shows how far the sites agree. `trackhub.flare.federation_watch` calls this on the server if the job asks for
+The cosine shows how far the sites agree. `trackhub.flare.federation_facts` calls this on the server if the job asks for
 it. An *update* is the difference between the model that a site returns and the model that it received. Some sites send
 this difference itself. Updates stay in memory until the round's aggregation is done.
 """

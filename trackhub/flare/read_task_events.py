@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads from FLARE's events which tasks the server hands to sites, which results come back, and what FLARE computes.
 
-`federation_watch`, `model_updates`, `model_and_validation_metrics` and the receiver's widget call it. Written for
+`federation_facts`, `model_updates`, `model_and_validation_metrics` and the receiver's widget call it. Written for
 nvflare 2.9, like `flare_internals`. It changes nothing in FLARE.
 """
 

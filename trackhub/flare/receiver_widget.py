@@ -37,8 +37,9 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError
 from trackhub.flare import flare_internals, model_and_validation_metrics
 from trackhub.flare.cell_channel import CellChannel, note_sites_of_events
+from trackhub.flare.current_round import ServerRounds
+from trackhub.flare.federation_facts import FederationFacts
 from trackhub.flare.federation_run_argument import FederationSettings
-from trackhub.flare.federation_watch import FederationWatch
 from trackhub.flare.find_analytics_listeners import listeners, server_warning
 from trackhub.flare.how_a_run_ends import ServerEnding
 from trackhub.flare.job_name_notes_tags import JobLabels, job_info, spool_info
@@ -46,7 +47,6 @@ from trackhub.flare.read_task_events import asking_site
 from trackhub.flare.record_for_sites_without_sender import SitesWithoutSender
 from trackhub.flare.records_from_flare_writers import StockRecords, TakeOver, check_take_over
 from trackhub.flare.records_made_by_trackhub import OwnRecords, ServerRecords
-from trackhub.flare.round_watch import ServerRounds
 
 __all__ = ["TrackhubReceiver"]
 
@@ -229,7 +229,7 @@ class TrackhubReceiver(Widget):  # type: ignore[misc]  # FLARE has no types
         if not self._own.has_begun and self._core is not None and self._core.federation is not None:
             assert self._settings is not None
             update_statistics = self._settings.update_statistics
-            FederationWatch(fl_ctx.get_engine(), self._core.federation, update_statistics=update_statistics)
+            FederationFacts(fl_ctx.get_engine(), self._core.federation, update_statistics=update_statistics)
             self._own.begin(self._core.federation, fl_ctx)
 
     def _id(self, engine: Any) -> str:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from trackhub import registry
 from trackhub.errors import ConfigError, PluginError, UnknownBackendError
 from trackhub.flare import flare_internals
-from trackhub.flare.check_before_simulator import check_before_simulator
 from trackhub.flare.federation_run_argument import FederationSettings, check_has_federation_run
 from trackhub.flare.find_analytics_listeners import client_warning, listeners, server_warning
 from trackhub.flare.log_job_context import context_of_job
+from trackhub.flare.preflight_before_simulator import preflight_before_simulator
 from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.records_from_flare_writers import TakeOver
 from trackhub.flare.records_made_by_trackhub import OwnRecords
@@ -163,7 +163,7 @@ def add_tracking(
         flare_internals.add_to_clients(recipe_or_job, sender, names, SENDER_ID)
     flare_internals.reference_package(job, "trackhub")
     _let_trainers_finish(job)
-    check_before_simulator(job, [server_backends, *(backends for _, backends in plan)])
+    preflight_before_simulator(job, [server_backends, *(backends for _, backends in plan)])
 
 
 def tracking_components(

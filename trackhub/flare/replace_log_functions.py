@@ -20,7 +20,7 @@ from trackhub.flare import flare_internals
 from trackhub.flare.find_analytics_listeners import listeners
 from trackhub.flare.records_from_flare_writers import StockRecords
 from trackhub.flare.trainer.capture import CAPTURE_ENV, Capture, CaptureSetting
-from trackhub.flare.trainer.import_watch import ImportWatch
+from trackhub.flare.trainer.import_hook import ImportHook
 
 __all__ = ["TAKE_OVER_ENV", "LogCallSource"]
 
@@ -90,9 +90,9 @@ class LogCallSource:
                     "know. The script goes on, and the calls of this module are not recorded"
                 )
 
-        watch: Any = ImportWatch(Capture.MODULES, take, sys.meta_path)
-        sys.meta_path.insert(0, watch)
-        self._undo += [capture.undo, lambda: sys.meta_path.remove(watch)]
+        hook: Any = ImportHook(Capture.MODULES, take, sys.meta_path)
+        sys.meta_path.insert(0, hook)
+        self._undo += [capture.undo, lambda: sys.meta_path.remove(hook)]
         for name in Capture.MODULES:
             if (module := sys.modules.get(name)) is not None:
                 take(module)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Works out what happened in one round: which sites took part, who waited for whom, how many model bytes were sent.
 
-`federation_watch` tells a `Round` which tasks the server hands out and which results come. A round may have several
+`federation_facts` tells a `Round` which tasks the server hands out and which results come. A round may have several
 tasks: to all sites at once, to one site after another, or one task after another to the same sites.
 """
 

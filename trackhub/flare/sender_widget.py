@@ -33,6 +33,7 @@ from trackhub.delivery import (
 from trackhub.errors import ConfigError, PluginError, SpoolError
 from trackhub.flare import flare_internals
 from trackhub.flare.cell_channel import CellChannel, NoReceiverError, answer_for_sender
+from trackhub.flare.current_round import ClientRounds
 from trackhub.flare.how_a_run_ends import ClientEnding
 from trackhub.flare.job_name_notes_tags import JobLabels, job_info, spool_info
 from trackhub.flare.model_and_validation_metrics import CLIENTS, SERVER, ClientMetrics, check_flare_metrics
@@ -40,7 +41,6 @@ from trackhub.flare.receiver_widget import TrackhubReceiver
 from trackhub.flare.records_from_flare_writers import StockRecords, TakeOver, check_take_over
 from trackhub.flare.records_made_by_trackhub import OwnRecords, SiteRecords
 from trackhub.flare.replace_log_functions import LogCallSource
-from trackhub.flare.round_watch import ClientRounds
 from trackhub.flare.trainer.capture import CaptureSetting
 from trackhub.flare.trainer.note_other_loggers import seen_loggers
 from trackhub.operator_file import OperatorFile

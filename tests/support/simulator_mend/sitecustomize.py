@@ -66,10 +66,10 @@ def _watch() -> None:
     root = os.path.abspath(__file__)
     for _ in range(4):
         root = os.path.dirname(root)
-    with open(os.path.join(root, "trackhub", "flare", "trainer", "import_watch.py")) as file:
+    with open(os.path.join(root, "trackhub", "flare", "trainer", "import_hook.py")) as file:
         exec(compile(file.read(), file.name, "exec"), names)
     modules = ("nvflare.private.fed.app.simulator.simulator_runner",)
-    sys.meta_path.insert(0, names["ImportWatch"](modules, mend, sys.meta_path))
+    sys.meta_path.insert(0, names["ImportHook"](modules, mend, sys.meta_path))
 
 
 if __name__ == "sitecustomize":

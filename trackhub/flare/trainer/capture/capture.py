@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captures in one process the SDKs that a job names, and notes the use of other SDKs.
 
-An import watch calls it with each module of an SDK that Python has loaded. It hands the module to `of_tensorboard`,
+An import hook calls it with each module of an SDK that Python has loaded. It hands the module to `of_tensorboard`,
 `of_wandb` or `of_mlflow`.
 """
 

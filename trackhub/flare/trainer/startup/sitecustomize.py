@@ -82,10 +82,10 @@ def _prepare():
     if modules and spool and sys.version_info >= (3, 11):
         # Run the file instead of importing it, so that no further module is loaded.
         names = {}
-        with open(os.path.join(os.path.dirname(_FOLDER), "import_watch.py"), encoding="utf-8") as file:
+        with open(os.path.join(os.path.dirname(_FOLDER), "import_hook.py"), encoding="utf-8") as file:
             exec(compile(file.read(), file.name, "exec"), names)
-        watch = names.get("ImportWatch")
-        sys.meta_path.insert(0, watch(modules, _LogCallHooks(cell, capture, spool).take, sys.meta_path))
+        hook = names.get("ImportHook")
+        sys.meta_path.insert(0, hook(modules, _LogCallHooks(cell, capture, spool).take, sys.meta_path))
     # Take this folder out again, so that the script's path is the same as without tracking. Its child processes get
     # the folder from PYTHONPATH.
     sys.path[:] = [entry for entry in sys.path if entry != _FOLDER]

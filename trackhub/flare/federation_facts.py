@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logs into the federation run how the job proceeds: rounds, sites, waits, bytes of model, and FLARE's own metrics.
 
-`trackhub.flare.receiver_widget` makes a `FederationWatch` on the server. It learns everything from FLARE's events, so a
+`trackhub.flare.receiver_widget` makes a `FederationFacts` on the server. It learns everything from FLARE's events, so a
 training script needs no line for it. `trackhub.flare.read_task_events` reads the events, and
 `trackhub.flare.round_facts` works out what they say of a round.
 """
@@ -23,12 +23,12 @@ from trackhub.flare.model_updates import ModelUpdates
 from trackhub.flare.read_task_events import HandedTask, ReturnedTask
 from trackhub.flare.round_facts import TABLE_HEAD, Round
 
-__all__ = ["FederationWatch"]
+__all__ = ["FederationFacts"]
 
 _MAX_ROUNDS_IN_SUMMARY = 200
 
 
-class FederationWatch(FLComponent):  # type: ignore[misc]  # FLARE has no types
+class FederationFacts(FLComponent):  # type: ignore[misc]  # FLARE has no types
     """Watches the rounds of the server's workflows. FLARE calls it from several threads."""
 
     def __init__(self, engine: Any, federation: FederationRun, *, update_statistics: bool = False) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 from trackhub.errors import ConfigError
 from trackhub.preflight import Readiness, check_ready
 
-__all__ = ["check_before_simulator"]
+__all__ = ["preflight_before_simulator"]
 
 _Options = Mapping[str, Any]
 
 
-def check_before_simulator(job: Any, receivers: Iterable[Mapping[str, _Options]]) -> None:
+def preflight_before_simulator(job: Any, receivers: Iterable[Mapping[str, _Options]]) -> None:
     """Make the job's ``simulator_run`` first try each backend as a receiver would. FLARE's ``SimEnv`` calls it.
 
     Args:

@@ -6,7 +6,7 @@ module, since a trainer's process must be as it would be without tracking.
 """
 
 
-class ImportWatch:
+class ImportHook:
     """Finds modules as Python does, and calls a function when one of them is loaded.
 
     It is put into ``sys.meta_path``.
@@ -32,7 +32,7 @@ class ImportWatch:
         """
         if name not in self._modules:
             return None
-        # Ask only the finders after this one. One of the earlier finders may be another watch: the two would ask each
+        # Ask only the finders after this one. One of the earlier finders may be another hook: the two would ask each
         # other for ever.
         is_later = False
         for finder in list(self._meta_path):
