@@ -33,7 +33,7 @@ class Budget:
             unit: what the values are, for the message.
         """
         self._left = most
-        self._about = what, most, unit  # no message yet: each `Writer.log` of tensors makes two budgets
+        self._about = what, most, unit  # no message yet: most budgets are kept
 
     def each(self, values: Iterable[_Item]) -> Iterable[_Item]:
         """Return the values. If there are more of them than may be read and they have a length, none is read.
@@ -41,7 +41,7 @@ class Budget:
         Raises:
             RecordError: there are more of them than may still be read.
         """
-        if type(values) is dict and len(values) <= self._left:  # saves a tenth of the time of `Writer.log`
+        if type(values) is dict and len(values) <= self._left:  # saves `Writer.log` of nested metrics the generator
             self._left -= len(values)
             return values
         return self._each(values)

@@ -41,7 +41,10 @@ def pairs_of(
     if fields is None:
         name = type(values).__name__
         raise WrongCallError(f"{method}: expected a mapping of key to value, got {name}: {shown(values)}")
-    keys = list(Budget(method, _MAX_KEYS, "keys").each(fields))
+    if type(fields) is dict and len(fields) <= _MAX_KEYS:
+        keys = list(fields)  # `Writer.log` of tensors comes here, and a budget would cost it microseconds
+    else:
+        keys = list(Budget(method, _MAX_KEYS, "keys").each(fields))
     depth = 0 if is_nested else MAX_DEPTH + 1  # a walk looks into nothing that is deeper than MAX_DEPTH
     yield from _Walk(values, bad, has_fields=has_fields).pairs("", keys, fields, depth)
 
@@ -49,11 +52,15 @@ def pairs_of(
 class _Walk:
     """One walk through a mapping and all that it contains."""
 
+    __slots__ = ("_bad", "_budget", "_enclosing", "_has_fields", "_outermost")
+
     def __init__(self, outermost: Any, bad: BadValues, *, has_fields: bool) -> None:
         self._bad = bad
         self._has_fields = has_fields
-        self._enclosing = {id(outermost)}  # the values that enclose the place where the walk is
-        self._budget = Budget("the nested mappings of one call", MAX_VALUES_OF_RECORD)
+        self._outermost = outermost
+        # Most calls have no nested mapping, and need neither of these.
+        self._enclosing: set[int] = set()  # the values that enclose the place where the walk is
+        self._budget: Budget | None = None
 
     def pairs(self, prefix: str, keys: list[Any], fields: Mapping[Any, Any], depth: int) -> Iterator[tuple[Any, Any]]:
         for key in keys:
@@ -81,7 +88,9 @@ class _Walk:
         Raises:
             RecordError: it is nested too deep, contains itself, or has more values than may still be read.
         """
-        if id(value) in self._enclosing:
+        if self._budget is None:
+            self._budget = Budget("the nested mappings of one call", MAX_VALUES_OF_RECORD)
+        if value is self._outermost or id(value) in self._enclosing:
             raise RecordError(f"{shown(path)} is an object that contains it, such as a parent; leave it out")
         if depth == MAX_DEPTH:
             raise RecordError(f"{shown(path)} is nested more than {MAX_DEPTH} deep; flatten it first")
