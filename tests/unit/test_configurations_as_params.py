@@ -59,7 +59,9 @@ class RaisesAfterItsFirstKey(Mapping[str, Any]):
         return 1.0
 
 
-@pytest.mark.parametrize("fields", [None, 5, "ab", property(lambda self: ())], ids=["none", "number", "text", "property"])
+@pytest.mark.parametrize(
+    "fields", [None, 5, "ab", property(lambda self: ())], ids=["none", "number", "text", "property"]
+)
 def test_an_object_whose_fields_are_of_an_unknown_kind_is_its_text(writer: Writer, fields: Any) -> None:
     kind = type("Odd", (), {"__fields__": fields, "__str__": lambda self: "odd"})
     writer.log_params({"odd": kind(), "lr": 0.1})
