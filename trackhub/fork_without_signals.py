@@ -8,6 +8,7 @@ the parent's writer in the child, and so unlock the parent's stream. Its reader 
 from __future__ import annotations
 
 import contextlib
+import logging  # noqa: F401  # see below: it must register its lock first
 import os
 import signal
 import threading
@@ -52,7 +53,8 @@ def _begin_child() -> None:
 # the parent this is a function of C: a handler that raises in a Python function would keep the signals blocked.
 _give_signals_back = partial(signal.pthread_sigmask, signal.SIG_SETMASK, _mask_before)
 
-# Python calls what is "before" in reverse order: it takes the lock, and then blocks the signals. In the parent it
-# releases the lock first, since a handler may end the runs, and their threads need the lock.
+# Python calls what is "before" in reverse order: it takes our lock, blocks the signals, takes the lock of `logging`. In
+# another order, a fork would hold the lock of `logging` and wait for ever for a thread that holds ours and logs. In the
+# parent it releases our lock first, since a handler may end the runs, and their threads need the lock.
 os.register_at_fork(before=_block_signals, after_in_parent=FORK_LOCK.release)
 os.register_at_fork(before=FORK_LOCK.acquire, after_in_parent=_give_signals_back, after_in_child=_begin_child)

@@ -15,7 +15,7 @@ from typing import Any
 
 from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.writer.bounded_reading import Budget
-from trackhub.writer.plain_values import array_of
+from trackhub.writer.plain_values import array_of, masked_arrays
 
 __all__ = [
     "as_torch_grid",
@@ -113,9 +113,7 @@ def as_torch_grid(batch: Any, dataformats: str = "NCHW") -> Any:
 
 def _unmasked(image: Any) -> Any:
     """Return an array of pixels. Masked ones become black, as in `Writer.log_image`."""
-    import numpy as np
-
-    return np.ma.filled(array_of(image), 0)
+    return masked_arrays().filled(array_of(image), 0)
 
 
 def histogram_of_buckets(

@@ -20,7 +20,7 @@ from trackhub.open_without_links import open_plain
 from trackhub.records import MAX_CAPTION_CHARS, MAX_IMAGE_BYTES, Blob, Image
 from trackhub.spool.writing import NewBlob
 from trackhub.writer.bad_values import BadValues
-from trackhub.writer.plain_values import array_of, holds_numbers, plain_text, shown
+from trackhub.writer.plain_values import array_of, holds_numbers, masked_arrays, plain_text, shown
 from trackhub.writer.values import read_key
 
 __all__ = ["grid_of", "read_image"]
@@ -262,7 +262,7 @@ def _to_pixels(key: str, image: Any) -> Any:
     import numpy as np  # imported late: a script that passes an array has NumPy
 
     try:
-        array = np.ma.filled(array_of(image), 0)
+        array = masked_arrays().filled(array_of(image), 0)
     except Exception as e:
         raise RecordError(f"log_image({key!r}): cannot make an array of {type(image).__name__}: {e}") from e
     array = _with_channels_last(key, array)

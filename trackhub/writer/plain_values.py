@@ -2,7 +2,7 @@
 """Turns the objects of training code into plain values that a record can hold: numbers, texts, lists and dicts.
 
 `trackhub.writer.values` calls it for single values. It recognises objects of numpy, torch and configuration libraries
-by their attributes. It imports none of these libraries, except that `array_of` imports NumPy. The message of an error
+by their attributes. It imports none of these libraries but NumPy, for `array_of`. The message of an error
 begins with the argument ``what``, or with "key".
 """
 
@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trackhub.errors import RecordError
+from trackhub.fork_without_signals import FORK_LOCK
 from trackhub.records import MAX_DEPTH, key_problem
 from trackhub.signal_handler_errors import raise_if_from_signal_handler
 from trackhub.writer.bounded_reading import Budget
@@ -30,6 +31,7 @@ __all__ = [
     "as_mapping",
     "holds_numbers",
     "key_text",
+    "masked_arrays",
     "plain_number",
     "plain_param",
     "plain_text",
@@ -229,10 +231,11 @@ def array_of(value: Any) -> Any:
             return value.numpy(force=True)
         except TypeError:  # NumPy has no bfloat16 and no float8
             return value.float().numpy(force=True)
-    if isinstance(value, np.ma.MaskedArray):
+    ma = masked_arrays()
+    if isinstance(value, ma.MaskedArray):
         return value
-    if isinstance(value, list | tuple) and any(isinstance(item, np.ma.MaskedArray) for item in value):
-        return np.ma.array([array_of(item) for item in value])
+    if isinstance(value, list | tuple) and any(isinstance(item, ma.MaskedArray) for item in value):
+        return ma.array([array_of(item) for item in value])
     try:
         return np.asarray(value)
     except Exception as e:
@@ -240,6 +243,16 @@ def array_of(value: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise
         return np.asarray([array_of(item) for item in value])  # such as losses on a GPU, or with a gradient
+
+
+def masked_arrays() -> Any:
+    """Return ``numpy.ma``, which NumPy itself would import when it is first used.
+
+    A child that another thread forks in the middle of an import would wait for ever when it needs the module.
+    """
+    with FORK_LOCK:
+        from numpy import ma
+    return ma
 
 
 def _is_tensor(value: Any) -> bool:

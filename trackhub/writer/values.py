@@ -37,6 +37,7 @@ from trackhub.writer.plain_values import (
     array_of,
     holds_numbers,
     key_text,
+    masked_arrays,
     plain_number,
     plain_param,
     plain_text,
@@ -337,7 +338,7 @@ def _count_values(key: str, values: Any, bins: Any, bad: BadValues) -> tuple[lis
 
     try:
         array = array_of(values)
-        array = array.compressed() if isinstance(array, np.ma.MaskedArray) else array
+        array = array.compressed() if isinstance(array, masked_arrays().MaskedArray) else array
         if not holds_numbers(array):
             raise TypeError(f"the values are of the type {array.dtype}")
         array = array.astype(np.float64).ravel()
