@@ -7,6 +7,7 @@ Needs root, for small disks. A tmpfs gives a new folder for nothing until its in
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
 import subprocess
 import sys
@@ -41,6 +42,8 @@ from trackhub.errors import ConfigError, JournalError, PluginError
 from trackhub.job_and_run_info import RunStatus, Side
 from trackhub.limits import Limits
 from trackhub.preflight import Readiness, check_ready
+from trackhub.spool import round_file
+from trackhub.spool.round_file import RoundFile
 
 SITE = "site-1"
 FAST = Limits(poll_s=0.005, linger_s=0, flush_s=0.01, deadline_s=5)
@@ -303,3 +306,20 @@ def test_a_script_without_a_free_descriptor_goes_on_and_is_delivered_once_there_
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
     assert done.returncode == 0, done.stderr
     assert "cannot start yet: [Errno 24] Too many open files" in done.stderr
+
+
+def test_without_room_for_the_round_no_file_of_the_script_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_script = []
+
+    def find_no_room(path: Path, data: bytes, mode: int) -> int:
+        of_script.append(os.open(tmp_path / "of the script", os.O_RDWR | os.O_CREAT))  # gets the lowest free number
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(round_file, "write_start", find_no_room)
+
+    RoundFile(tmp_path, sets=True)
+
+    assert os.fstat(of_script[0]).st_size == 0
+    os.close(of_script[0])

@@ -62,18 +62,39 @@ class RoundFile:
             OSError: it cannot be opened or created.
             ValueError: it is not as long as it should be.
         """
-        fd = open_plain(self._path, os.O_RDWR | os.O_CREAT if self._sets else os.O_RDONLY, _MODE)
+        fd = self._opened()
         try:
-            if self._sets and os.fstat(fd).st_size != _FORMAT.size:
-                # Write the value, so that the file gets its block now. Later, the disk may be full.
-                os.close(fd)
-                fd = write_start(self._path, _FORMAT.pack(_NO_ROUND), _MODE)
-                os.ftruncate(fd, _FORMAT.size)
             access = mmap.ACCESS_WRITE if self._sets else mmap.ACCESS_READ
             self._map = MappedFile(fd, _FORMAT.size, access)
             return self._map.content.cast("q")
         finally:
             os.close(fd)
+
+    def _opened(self) -> int:
+        """Return a descriptor of the file. Whoever sets the round creates the file, or gives it the right length.
+
+        Raises:
+            OSError: it cannot be opened or created.
+        """
+        if not self._sets:
+            return open_plain(self._path, os.O_RDONLY)
+        fd = open_plain(self._path, os.O_RDWR | os.O_CREAT, _MODE)
+        try:
+            is_whole = os.fstat(fd).st_size == _FORMAT.size
+        except BaseException:
+            os.close(fd)
+            raise
+        if is_whole:
+            return fd
+        os.close(fd)  # before the next line, and once: after that, the number may belong to a file of the script
+        # Write the value, so that the file gets its block now. Later, the disk may be full.
+        fd = write_start(self._path, _FORMAT.pack(_NO_ROUND), _MODE)
+        try:
+            os.ftruncate(fd, _FORMAT.size)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def get(self) -> int | None:
         """Return the current round; None outside rounds."""
