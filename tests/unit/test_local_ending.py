@@ -317,6 +317,16 @@ def interrupted(*args: object, **kwargs: object) -> None:
     raise KeyboardInterrupt
 
 
+def close_interrupted(writer: LocalWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Close a writer, and press Ctrl-C while it waits for its sender."""
+    assert writer._delivery is not None
+    close = writer._delivery.sender.close
+    monkeypatch.setattr(writer._delivery.sender, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    close(0.5)
+
+
 def test_ctrl_c_while_the_run_ends_names_the_command_that_delivers_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,13 +334,8 @@ def test_ctrl_c_while_the_run_ends_names_the_command_that_delivers_the_rest(
     lock = ProcessLock.open(tmp_path / "j" / "trackhub" / "spool" / "local.lock")  # so that the sender cannot send
     writer = trackhub.local(["jsonl"], folder=tmp_path, job="j", limits=FAST)
     writer.log({"a": 1.0}, 0)
-    assert writer._delivery is not None
 
-    close = writer._delivery.sender.close
-    monkeypatch.setattr(writer._delivery.sender, "close", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        writer.close()
-    close(0.5)
+    close_interrupted(writer, monkeypatch)
     lock.release()
 
     assert f"`{command_for('trackhub replay', tmp_path / 'j')}` delivers what is left" in capsys.readouterr().err
@@ -344,14 +349,9 @@ def test_ctrl_c_while_the_run_ends_reaches_the_script_although_the_receiver_coul
 
     monkeypatch.setattr(receiver_module, "set_up_backends", no_space)
     writer = trackhub.local(["jsonl"], folder=tmp_path, job="j", limits=FAST)
-    assert writer._delivery is not None
-    close = writer._delivery.sender.close
-    monkeypatch.setattr(writer._delivery.sender, "close", interrupted)
 
-    with pytest.raises(KeyboardInterrupt):
-        writer.close()
+    close_interrupted(writer, monkeypatch)
 
-    close(0.5)
     assert f"`{command_for('trackhub replay', tmp_path / 'j')}` delivers what is left" in capsys.readouterr().err
 
 

@@ -39,24 +39,17 @@ def deliver_rest(
         otherwise: the status of the runs whose sites are not in ``by_site``.
         deadline_s: the longest time for all lanes together, in seconds.
     """
+
+    def deliver(within_s: float) -> None:
+        deadline = time.monotonic() + within_s
+        # A lane must stop waiting for a locked journal before `join` gives up, or the lane would count as hanging.
+        journal.limit_waits(deadline + EXTRA_S / 2)
+        if federation is not None:  # before the lanes look for the last time
+            federation.finish(max(EXTRA_S, within_s * _FEDERATION_SHARE))
+        lanes.end(by_site, otherwise, deadline - time.monotonic())
+
     try:
-        _deliver(journal, lanes, federation, by_site, otherwise, deadline_s)
+        deliver(deadline_s)
     except BaseException:
-        _deliver(journal, lanes, federation, by_site, otherwise, 0.0)
+        deliver(0.0)
         raise
-
-
-def _deliver(
-    journal: Journal,
-    lanes: Lanes,
-    federation: FederationRun | None,
-    by_site: Mapping[str, RunStatus],
-    otherwise: RunStatus,
-    deadline_s: float,
-) -> None:
-    deadline = time.monotonic() + deadline_s
-    # A lane must stop waiting for a locked journal before `join` gives up, or the lane would count as hanging.
-    journal.limit_waits(deadline + EXTRA_S / 2)
-    if federation is not None:  # before the lanes look for the last time
-        federation.finish(max(EXTRA_S, deadline_s * _FEDERATION_SHARE))
-    lanes.end(by_site, otherwise, deadline - time.monotonic())
