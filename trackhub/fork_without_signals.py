@@ -18,14 +18,17 @@ from functools import partial
 __all__ = ["FORK_LOCK", "do_in_child"]
 
 FORK_LOCK = threading.RLock()
-"""Held while a file is opened, locked and noted, and while Pillow is imported. Another thread that forks waits for it.
-Otherwise the child would inherit a locked file that it does not know of, and would keep it locked. Or it would inherit
-a half imported Pillow, and wait for ever for the thread that imports it. A signal handler that interrupts the holder
-may fork."""
+"""Held while a file is opened, locked and noted, and while a log call imports a module. Another thread that forks waits
+for it. Otherwise the child would inherit a locked file that it does not know of, and would keep it locked. Or it would
+inherit a half imported module, and wait for ever for the thread that imports it. A signal handler that interrupts the
+holder may fork."""
 
 _in_child: list[Callable[[], object]] = []
 _mask_before: set[int] = set()
-"""The signals that the forking thread had blocked itself. No other thread forks until it has them back."""
+"""The signals that the forking thread had blocked itself."""
+
+_mask_lock = threading.RLock()
+"""Held until the forking thread has its signals back. Another thread that forks would change `_mask_before`."""
 
 
 def do_in_child(work: Callable[[], object]) -> None:
@@ -53,8 +56,9 @@ def _begin_child() -> None:
 # the parent this is a function of C: a handler that raises in a Python function would keep the signals blocked.
 _give_signals_back = partial(signal.pthread_sigmask, signal.SIG_SETMASK, _mask_before)
 
-# Python calls what is "before" in reverse order: it takes our lock, blocks the signals, takes the lock of `logging`. In
-# another order, a fork would hold the lock of `logging` and wait for ever for a thread that holds ours and logs. In the
-# parent it releases our lock first, since a handler may end the runs, and their threads need the lock.
+# Python calls what is "before" in reverse order: it takes our locks, blocks the signals, takes the lock of `logging`.
+# In another order, a fork would hold the lock of `logging` and wait for ever for a thread that holds ours and logs. In
+# the parent it releases FORK_LOCK first, since a handler may end the runs, and their threads need it.
 os.register_at_fork(before=_block_signals, after_in_parent=FORK_LOCK.release)
-os.register_at_fork(before=FORK_LOCK.acquire, after_in_parent=_give_signals_back, after_in_child=_begin_child)
+os.register_at_fork(before=_mask_lock.acquire, after_in_parent=_give_signals_back, after_in_child=_begin_child)
+os.register_at_fork(before=FORK_LOCK.acquire, after_in_parent=_mask_lock.release, after_in_child=_mask_lock.release)

@@ -354,3 +354,35 @@ def test_a_child_forked_while_a_ledger_is_opened_does_not_hold_its_lock(tmp_path
     finally:
         os.close(read)
         os.close(write)
+
+
+def test_threads_that_fork_at_once_each_get_back_the_signals_that_they_had_blocked() -> None:
+    code = """
+        import os, signal, sys, threading
+        import trackhub.writer
+
+        def fork_often(mask):
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for _ in range(700):
+                if not (child := os.fork()):
+                    os._exit(0)
+                os.waitpid(child, 0)
+                if (now := signal.pthread_sigmask(signal.SIG_BLOCK, ())) != mask:
+                    wrong.append((mask, now))
+                    return
+
+        sys.setswitchinterval(1e-6)
+        wrong = []
+        masks = {signal.SIGUSR1}, {signal.SIGTERM}, set()
+        threads = [threading.Thread(target=fork_often, args=(mask,)) for mask in masks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(wrong)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, timeout=120
+    )
+
+    assert done.stdout == "[]\n"
